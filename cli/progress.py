@@ -85,8 +85,10 @@ def byte_progress() -> Iterator[StartFile]:
 
 @dataclass(frozen=True)
 class RunProgress:
-    """The functions that follow a run of `generate`: `loading` is called with each stage that is loaded and its bytes,
-    `step` after each step of sampling, and `image` with the number of images that are done."""
+    """The functions that follow a run of `generate`.
+
+    `loading` is called with each stage that is loaded and its bytes, `step` after each step of sampling. `image` is
+    called with the number of images that are done."""
 
     loading: Callable[[Stage, int], object]
     step: "Callable[[Stage, Step], object]"

@@ -43,7 +43,7 @@ def print_report(report: "Report") -> None:
 
 
 def next_steps(report: "Report", bundle: Path, against: Path | None) -> Iterator[str]:
-    """What to run after a failure; nothing after a success, and after a look inside the graphs."""
+    """The commands to run after a failure; none after a success, and after a look inside the graphs."""
     if report or not report.comparisons or report.bisections:
         return
     model = "MODEL" if against is None else shlex.quote(str(against))
@@ -91,7 +91,7 @@ def _print_comparisons(report: "Report") -> None:
 
 
 def _tolerated(report: "Report", stage: "Stage", tolerance: "StageTolerance") -> str:
-    """What a stage computes in, where its tolerance comes from, and how much of that its passes take."""
+    """The precision of a stage, the origin of its tolerance, and the largest error of its passes."""
     own = [each for each in report.comparisons if each.stage is stage and each.kind in FORWARD]
     quantised = f", {tolerance.quantization}" if tolerance.quantized_floor else ""
     worst = max((each.relative_l2 for each in own), default=0.0)
@@ -104,7 +104,7 @@ def _tolerated(report: "Report", stage: "Stage", tolerance: "StageTolerance") ->
 
 
 def _judged(report: "Report") -> str:
-    """How many forward passes were judged, on equal inputs, and the largest share of a tolerance that one takes."""
+    """The number of forward passes on equal inputs, and the largest share of a tolerance that one of them takes."""
     passes = [each for each in report.comparisons if each.kind in FORWARD]
     shares = [each.relative_l2 / each.tolerance for each in passes if each.tolerance]
     failed = sum(not each for each in passes)

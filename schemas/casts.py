@@ -1,4 +1,4 @@
-"""Which dtypes a tensor can be cast to."""
+"""Decides which dtypes a tensor can be cast to."""
 
 from .block_types import QUANTISED, WRITTEN
 from .dtypes import FLOATS, FP8

@@ -146,7 +146,7 @@ def _tower_values(stage: Stage, whole: Mapping[str, Any], shapes: Mapping[str, S
 def _validated(stage: Stage, cls: type[NetworkConfig], values: Mapping[str, Any]) -> NetworkConfig:
     """The config of `values`. Raises LayoutError for values of a wrong type.
 
-    pydantic takes 0.1 s to import; it is asked about values alone that are not of the very types that are declared."""
+    pydantic takes 0.1 s to import. It is asked only when a value is not exactly of the type that is declared."""
     hints = get_type_hints(cls)
     try:
         return cls(**{name: _exact(hints[name], value) for name, value in values.items()})

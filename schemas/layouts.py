@@ -51,8 +51,7 @@ ORIGINAL_TO_DIFFUSERS: Mapping[Stage, KeyMap] = {
         (
             drop("text_model.embeddings.position_ids"),
             drop("logit_scale"),
-            # This rule comes before the next one, so that its name is the one that is written.
-            rename("text_projection.weight", "text_projection.weight"),
+            rename("text_projection.weight", "text_projection.weight"),  # comes first, so that this name is written
             transpose("text_projection", "text_projection.weight"),  # older ComfyUI's CLIPSave
         )
     ),

@@ -1,4 +1,4 @@
-"""The passport of an output: what it was made of, by whom, and a digest that shows a changed byte.
+"""The passport of an output: its sources, the program that made it, and a digest that shows a changed byte.
 
 | output | place of the passport |
 |---|---|
@@ -8,8 +8,8 @@
 | model folder | `model_index.json` or `modular_model_index.json`, under FOLDER_KEY |
 | bundle | `cascade.json`, which has the same facts in fields of its own |
 
-A passport has no time, no path and no name of a user, so the same sources make the same bytes. It is no signature: who
-changes a file can write a new passport for it.
+A passport has no time, no path and no name of a user, so the same sources make the same bytes. It is no signature:
+anybody who changes a file can write a new passport for it.
 """
 
 import json
@@ -41,7 +41,7 @@ class PassportSource(FrozenModel):
 
 
 class Passport(FrozenModel):
-    """What an output was made of.
+    """The facts about an output: its sources, how its values were made of them, and a digest of its bytes.
 
     `content` is the digest of the file that has the passport, taken with zeros in place of its own digits (see
     `storage.content_digest`). `values` says whether every value was copied bit for bit. `dtypes` counts tensors.

@@ -1,4 +1,4 @@
-"""What is known of each format of quantised weights: its error, and the programs that read it."""
+"""Facts about each format of quantised weights: its error, and the programs that read it."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -134,8 +134,8 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
 def understood(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Split flat values into the sound ones, as plain JSON values, and the names of the others.
 
-    Each value is checked by itself, so that the page can show the sound values of an image from a newer version or of
-    a manipulated one."""
+    Each value is checked by itself. So the page can show the sound values of an image from a newer version, or of a
+    manipulated one."""
     found: dict[str, Any] = {}
     others: list[str] = []
     for name, value in given.items():

@@ -1,5 +1,5 @@
-"""Words the command that installs an extra, so that it works from where cascadekit itself came: a checkout, git, a
-wheel, or a package index."""
+"""Words the command that installs an extra from the place that cascadekit itself came from: a checkout, git, a wheel,
+or a package index."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def _below_here(path: Path) -> str:
 
 
 def _origin() -> dict[str, Any]:
-    """What pip recorded of where it took cascadekit from (PEP 610); empty for a package index."""
+    """The record of pip about the place that cascadekit came from (PEP 610); empty for a package index."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:

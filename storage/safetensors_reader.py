@@ -49,8 +49,8 @@ class Scale:
     all values. `first` is the number of the tensor's first value among those that `factors` are for. Factors may have
     a scale themselves.
 
-    `kind` names the format. `parts` has the tensors to copy with the weight where the format is kept, by what they add
-    to the layer's name, and `settings` is the JSON that describes the layer."""
+    `kind` names the format. `parts` has the tensors to copy with the weight where the format is kept, by the endings
+    that they add to the layer's name. `settings` is the JSON that describes the layer."""
 
     factors: "TensorRange"
     group: int = 0
@@ -85,8 +85,9 @@ class TensorRange:
     """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
 
     When `transposed`, the file has the transpose of the matrix, of shape [shape[1], shape[0]]. With a `scale`, the
-    stored values are to be multiplied by its factors. Raises ConversionError when a tensor is
-    transposed that is not a matrix."""
+    stored values are to be multiplied by its factors.
+
+    Raises ConversionError when a tensor is transposed that is not a matrix."""
 
     path: Path
     dtype: str
