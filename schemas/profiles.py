@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .control import is_control
 from .errors import UsageError
+from .limits import MAX_SIDE
 from .manifest import PortEntry
 from .plan_entries import ImageSize, PortShapes, ProfileEntry
 from .sizes import latent_sizes
@@ -59,8 +60,10 @@ class Bounds:
 def parse_image_size(text: str) -> ImageSize:
     """Read WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES, such as 1024x768x2. Raises UsageError for anything else."""
     found = _SIZE.fullmatch(text.strip().lower())
-    if not found or not all(int(number) for number in found.groups() if number):
-        raise UsageError(f"{text!r}: expected WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES, such as 1024x768x2")
+    if not found or not all(1 <= int(number) <= MAX_SIDE for number in found.groups() if number):
+        raise UsageError(
+            f"{text!r}: expected WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES, such as 1024x768x2, with numbers up to {MAX_SIDE}"
+        )
     return ImageSize(width=int(found[1]), height=int(found[2]), images=int(found[3] or 1))
 
 

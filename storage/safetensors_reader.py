@@ -219,9 +219,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRange:
     dtype, shape, offsets = (entry[field] for field in FIELDS)
     if not isinstance(dtype, str):
         raise ValueError(f"{name}: the dtype {dtype!r} is not a name")
-    if not _naturals(shape):
+    if not naturals(shape):
         raise ValueError(f"{name}: shape {shape!r} is not a list of sizes")
-    if not _naturals(offsets) or len(offsets) != 2:
+    if not naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{name}: data_offsets {offsets!r} are not two positions")
     start, stop = offsets
     known = DTYPES.get(dtype)
@@ -242,7 +242,8 @@ def _bits(name: str, shape: list[int], each: int) -> int:
     return values
 
 
-def _naturals(value: Any) -> bool:
+def naturals(value: Any) -> bool:
+    """True for a list of whole numbers, none of them negative."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

@@ -132,7 +132,7 @@ def test_every_shape_is_one_the_graph_takes(config: NetworkConfig, bounds: Bound
             assert all(a <= b <= c for a, b, c in zip(shape.min, shape.opt, shape.max, strict=True))
 
 
-@pytest.mark.parametrize("text", ["1024", "1024x", "axb", "1024x1024x0", "0x64", "1024x768x2x1", "-64x64"])
+@pytest.mark.parametrize("text", ["1024", "1024x", "axb", "1024x1024x0", "0x64", "1024x768x2x1", "-64x64", "99999x64"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="WIDTHxHEIGHTxIMAGES, such as 1024x768x2"):
         parse_image_size(text)
