@@ -84,11 +84,11 @@ class _Shown(BatchObserver):
     def planned(self, plan: BatchPlan) -> None:
         for problem in plan.problems:
             note(f"left out: {problem}")
-        if isinstance(self._settings.output, BucketPath):  # asking it for each image would take long
-            self.notes(plan.jobs)
-        elif left := [job for job in plan.jobs if self._settings.force or not job.path.exists()]:
+        in_bucket = isinstance(self._settings.output, BucketPath)  # asking it for each image would take long
+        if left := [job for job in plan.jobs if in_bucket or self._settings.force or not job.path.exists()]:
             self.notes(left)
-            _note_disk(left, self._settings)
+            if not in_bucket:
+                _note_disk(left, self._settings)
         self._total = len(plan.jobs)
         self._stack.callback(self._remove_previews)
         self._stop = self._stack.enter_context(stoppable())

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +29,13 @@ from safetensors.numpy import save_file
 
 from cascadekit import export
 from cascadekit.cli import main, progress
+from cascadekit.cli.generate_prompt_file import _Shown
 from cascadekit.converters.checkpoints.model_folder import write_folder_files
+from cascadekit.runtime.batch.generate_batch import BatchSettings
+from cascadekit.runtime.batch.image_jobs import BatchPlan, ImageJob
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
+from cascadekit.storage.bucket import BucketPath
 
 QUICK = "--size 64x64 --prior-steps 1 --decoder-steps 1 --engine onnxruntime --threads 1 --memory resident".split()
 PROMPTS = 50
@@ -426,6 +432,16 @@ def test_two_batches_into_one_folder(tiny: Path, tmp_path: Path) -> None:
     os.close(descriptor)
     assert result.exit_code == 2
     assert "another batch writes into it" in result.stderr
+
+
+def test_a_batch_into_a_bucket_whose_lines_are_all_wrong_needs_no_memory() -> None:
+    """The memory of no image was asked for, which ended in a ValueError."""
+    noted: list[Sequence[ImageJob]] = []
+    with ExitStack() as stack:
+        shown = _Shown(BatchSettings(Path("prompts.txt"), BucketPath("s3:/bucket/x")), stack, as_json=True)
+        shown.notes = noted.append
+        shown.planned(BatchPlan((), ("line 1: prior_steps -1",)))
+    assert noted == []
 
 
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
