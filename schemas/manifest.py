@@ -154,11 +154,6 @@ class StageEntry(FrozenModel):
         return self.graphs[MAIN_GRAPH].outputs
 
     @property
-    def opset(self) -> int:
-        """Opset of the graph "model"."""
-        return self.graphs[MAIN_GRAPH].opset
-
-    @property
     def graph_paths(self) -> frozenset[str]:
         return frozenset(graph.path for graph in self.graphs.values())
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.block_types import SCALED_TYPES
+from ..schemas.comfy_formats import TILE
 from ..schemas.errors import ConversionError
-from ..schemas.scale_tiles import TILE
 from .cast import Cast, cast_block, cast_counted
 from .file_ranges import read_exactly
 from .safetensors_reader import Scale, TensorRange

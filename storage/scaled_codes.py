@@ -19,8 +19,7 @@ import numpy as np
 from ml_dtypes import float4_e2m1fn, float8_e4m3fn, float8_e5m2
 from numpy.typing import NDArray
 
-from ..schemas.comfy_formats import FORMATS
-from ..schemas.scale_tiles import TILE
+from ..schemas.comfy_formats import FORMATS, TILE
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
