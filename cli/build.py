@@ -9,11 +9,11 @@ from ..schemas.errors import UsageError
 from ..schemas.precision import Precision
 from ..schemas.stages import Stage
 from ..schemas.targets import AOTINDUCTOR, PLAIN, RTX, parse_targets
-from .build_options import IMAGE_SIZE, PROFILE, chosen_profiles, size_option
+from .build_options import chosen_profiles, parse_image_size, parse_profile, size_option
 from .console import detail, note, say_json, show_table
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import AS_JSON, DRY_RUN, PATH, STAGES, choice_option, volume_options
+from .options import AS_JSON, DRY_RUN, PATH, STAGES, choice_option, parsed, volume_options
 from .progress import build_progress, byte_progress
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     "statics",
     metavar="WxH[xB]",
     multiple=True,
-    type=IMAGE_SIZE,
+    callback=parsed(parse_image_size),
     help="Add a profile for this size alone (repeatable).",
 )
 @click.option(
@@ -65,7 +65,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     "profiles",
     metavar="MIN:OPT:MAX",
     multiple=True,
-    type=PROFILE,
+    callback=parsed(parse_profile),
     help="Add a profile (repeatable). Several narrow profiles run faster than a wide one.",
 )
 @click.option("-o", "--output", type=PATH, help="Export first: BUNDLE is then a model, and this is the bundle to make.")

@@ -1,4 +1,4 @@
-"""The option types of `build`: GPUs, image sizes and profiles."""
+"""The options of `build` for image sizes and profiles."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import UsageError
-from .options import Parsed
+from .options import parsed
 
 if TYPE_CHECKING:  # they import pydantic, which `build --help` does without
     from ..schemas.plan_entries import ImageSize
@@ -16,23 +16,20 @@ if TYPE_CHECKING:  # they import pydantic, which `build --help` does without
 DEFAULT_SIZES: Mapping[str, str] = {"min": "512x512x1", "opt": "1024x1024x1", "max": "1536x1536x2"}
 
 
-def _parse_size(text: str) -> "ImageSize":
-    from ..schemas.profiles import parse_image_size
+def parse_image_size(text: str) -> "ImageSize":
+    from ..schemas import profiles
 
-    return parse_image_size(text)
+    return profiles.parse_image_size(text)
 
 
-def _parse_profile(text: str) -> "Bounds":
+def parse_profile(text: str) -> "Bounds":
     """The sizes in MIN:OPT:MAX. Raises UsageError for any other text."""
     from ..schemas.profiles import Bounds
 
     sizes = text.split(":")
     if len(sizes) != 3:
         raise UsageError(f"{text!r}: expected MIN:OPT:MAX, such as 512x512:1024x1024:1536x1536x2")
-    return Bounds(*map(_parse_size, sizes))
-
-
-IMAGE_SIZE, PROFILE = Parsed(_parse_size), Parsed(_parse_profile)
+    return Bounds(*map(parse_image_size, sizes))
 
 
 def chosen_profiles(
@@ -57,6 +54,6 @@ def size_option(name: str, text: str) -> Callable[..., Any]:
         f"--{name}",
         f"{name}_size",
         metavar="WxH[xB]",
-        type=IMAGE_SIZE,
+        callback=parsed(parse_image_size),
         help=f"{text}  [default: {DEFAULT_SIZES[name]}]",
     )

@@ -14,7 +14,7 @@ from ..schemas.stages import Stage
 from .console import detail, finish, note
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import AS_JSON, DRY_RUN, LORA, PATH, STAGES, WEIGHTS, Parsed, choice_option, volume_options
+from .options import AS_JSON, DRY_RUN, PATH, STAGES, WEIGHTS, choice_option, parse_lora, parsed, volume_options
 from .progress import byte_progress
 from .quantize_print import show_choices
 
@@ -58,7 +58,7 @@ def _fp16_safe(text: str) -> str | int:
     "precisions",
     metavar="[STAGE=]fp32|bf16|fp16",
     multiple=True,
-    type=Parsed(_stage_and_precision),
+    callback=parsed(_stage_and_precision),
     help="Precision that graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
 )
 @choice_option(
@@ -75,7 +75,7 @@ def _fp16_safe(text: str) -> str | int:
 @click.option(
     "--fp16-safe",
     metavar="auto|off|K",
-    type=Parsed(_fp16_safe),
+    callback=parsed(_fp16_safe),
     help="Keep the sums of a prior or decoder within the range of fp16: scaled by 2^-K, or (auto) by the scale that a "
     "short calibration run finds necessary.  [default: auto]",
 )
@@ -107,7 +107,7 @@ def _fp16_safe(text: str) -> str | int:
     "loras",
     metavar="FILE[:STRENGTH]",
     multiple=True,
-    type=LORA,
+    callback=parsed(parse_lora),
     help="Merge a LoRA into the weights (repeatable); the changed weights are copied.",
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL has none.")

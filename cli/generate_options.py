@@ -11,7 +11,7 @@ from ..schemas.errors import UsageError
 from ..schemas.sampler import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .options import LORA, SIZE, Parsed, choice_option
+from .options import choice_option, parse_lora, parse_size, parsed
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -40,7 +40,7 @@ def _setting(*names: str, default: str = "", **more: Any) -> Option:
 # Options that change the image. Their names are those of a request's fields.
 LOOKS: Sequence[Option] = (
     _setting("--negative", default="nothing", help="Text that describes what to avoid."),
-    click.option("--size", metavar="WxH", type=SIZE, help="Multiples of 8.  [default: the bundle's]"),
+    click.option("--size", metavar="WxH", callback=parsed(parse_size), help="Multiples of 8.  [default: the bundle's]"),
     _setting("--prior-steps", type=int, default="20"),
     _setting("--prior-guidance", type=float, default="4.0"),
     _setting("--decoder-steps", type=int, default="10"),
@@ -58,13 +58,13 @@ LOOKS: Sequence[Option] = (
     _setting(
         "--prior-timesteps",
         metavar="1,...,0",
-        type=Parsed(_ratios),
+        callback=parsed(_ratios),
         help="Timestep ratios in place of a number of steps.",
     ),
     _setting(
         "--decoder-timesteps",
         metavar="1,...,0",
-        type=Parsed(_ratios),
+        callback=parsed(_ratios),
         help="Timestep ratios in place of a number of steps.",
     ),
     click.option("--image-prompt", "image_prompts", multiple=True, help="A picture to follow (repeatable)."),
@@ -129,8 +129,7 @@ MACHINERY: Sequence[Option] = (
         "stages",
         metavar="STAGE=BUNDLE",
         multiple=True,
-        type=Parsed(_stage_and_bundle),
-        callback=lambda ctx, param, pairs: dict(pairs),
+        callback=lambda *given: dict(parsed(_stage_and_bundle)(*given)),
         help="Take a stage from another bundle (repeatable).",
     ),
     click.option(
@@ -138,7 +137,7 @@ MACHINERY: Sequence[Option] = (
         "loras",
         metavar="FILE[:STRENGTH]",
         multiple=True,
-        type=LORA,
+        callback=parsed(parse_lora),
         help="Merge a LoRA into the weights, in a cache; a file, or a name in $CASCADEKIT_LORAS (repeatable).",
     ),
 )

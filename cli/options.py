@@ -21,19 +21,18 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and write nothing.")
 
 
-class Parsed(click.ParamType):
-    """The type of an option whose text `parse` reads. A text that `parse` refuses is a wrong value of the option."""
+def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A callback of an option whose text `parse` reads, or each text where the option may be repeated.
 
-    name = "text"
+    A text that `parse` refuses is a wrong value of the option."""
 
-    def __init__(self, parse: Callable[[str], Any]) -> None:
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         try:
-            return self._parse(value)
+            return tuple(map(parse, value)) if isinstance(value, tuple) else None if value is None else parse(value)
         except (UsageError, ValueError) as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error)) from None
+
+    return callback
 
 
 def choice_option(
@@ -113,6 +112,3 @@ def parse_lora(text: str) -> tuple[str, float]:
         return (text, 1.0) if not colon or Path(text).exists() else (name, float(strength))
     except ValueError:
         return text, 1.0
-
-
-SIZE, LORA = Parsed(parse_size), Parsed(parse_lora)
