@@ -85,9 +85,7 @@ class TensorRange:
     """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
 
     When `transposed`, the file has the transpose of the matrix, of shape [shape[1], shape[0]]. With a `scale`, the
-    stored values are to be multiplied by its factors.
-
-    Raises ConversionError when a tensor is transposed that is not a matrix."""
+    stored values are to be multiplied by its factors."""
 
     path: Path
     dtype: str
@@ -97,18 +95,10 @@ class TensorRange:
     transposed: bool = False
     scale: Scale | None = None
 
-    def __post_init__(self) -> None:
-        if self.transposed and len(self.shape) != 2:
-            raise ConversionError(f"{self.path}: a transposed tensor must be a matrix, found shape {list(self.shape)}")
-
     def rows(self, start: int, stop: int, shape: Shape) -> "TensorRange":
-        """Return the bytes of rows `start:stop` along the first axis, as a tensor of `shape`.
+        """Return the bytes of rows `start:stop` along the first axis, as a tensor of `shape`; it is not transposed.
 
-        Raises ConversionError for a transposed matrix, whose rows are not contiguous."""
-        if self.transposed:
-            raise ConversionError(
-                f"{self.path}: the matrix at byte {self.offset} is stored transposed, so its rows are not contiguous"
-            )
+        Raises ConversionError where a block of values has parts of two rows."""
         row = self.nbytes // self.shape[0]
         kind = BLOCK_TYPES.get(self.dtype) or SCALED_TYPES.get(self.dtype)
         if kind and (self.nbytes % self.shape[0] or row % kind.nbytes):
