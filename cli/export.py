@@ -1,5 +1,6 @@
 """The command `export`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,11 @@ from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import detail, finish, note
+from .console import Volume, detail, finish, note, say, show_table, volume
 from .dry_run import plan_only
 from .help import HelpfulCommand
 from .options import AS_JSON, DRY_RUN, PATH, STAGES, WEIGHTS, choice_option, parse_lora, parsed, volume_options
 from .progress import byte_progress
-from .quantize_print import show_choices
 
 if TYPE_CHECKING:
     from ..converters.export.quantize_choice import QuantizationChoice
@@ -146,7 +146,7 @@ def export(
             model, output, options, start_file=start_file, say=note, on_quantized=choices.__setitem__, on_plan=on_plan
         )
     if not as_json:
-        show_choices(choices)
+        _show_choices(choices)
     for stage, entry in manifest.stages.items():
         size = sum(file.bytes for file in entry.files) / 1e6
         detail(f"{stage}: {entry.precision}, graphs {', '.join(entry.graphs)}, {len(entry.files)} files, {size:.1f} MB")
@@ -158,3 +158,14 @@ def export(
             "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "
             "not change in place; --weights copy makes the bundle independent"
         )
+
+
+def _show_choices(choices: "Mapping[Stage, QuantizationChoice]") -> None:
+    """Print which Linears were quantised: a line for each stage, or with --verbose a table of its Linears."""
+    from ..converters.export.quantize_stage import COLUMNS, summary, table_rows
+
+    for stage, choice in choices.items():
+        if volume() is Volume.VERBOSE:
+            show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))
+        else:
+            say(f"{stage}: {summary(choice)}")

@@ -55,17 +55,14 @@ LOOKS: Sequence[Option] = (
     _setting("--prior-shift", type=float, default="1.0; 2.0 with gdf", help="Shift of the noise schedule (gdf)."),
     _setting("--decoder-shift", type=float, default="1.0", help="Shift of the noise schedule (gdf)."),
     _setting("--rescale", type=float, default="0.7", help="Rescaling of guidance (gdf)."),
-    _setting(
-        "--prior-timesteps",
-        metavar="1,...,0",
-        callback=parsed(_ratios),
-        help="Timestep ratios in place of a number of steps.",
-    ),
-    _setting(
-        "--decoder-timesteps",
-        metavar="1,...,0",
-        callback=parsed(_ratios),
-        help="Timestep ratios in place of a number of steps.",
+    *(
+        _setting(
+            f"--{stage}-timesteps",
+            metavar="1,...,0",
+            callback=parsed(_ratios),
+            help="Timestep ratios in place of a number of steps.",
+        )
+        for stage in ("prior", "decoder")
     ),
     click.option("--image-prompt", "image_prompts", multiple=True, help="A picture to follow (repeatable)."),
     _setting("--init-image", help="A picture to vary; with --mask, to inpaint."),
