@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..schemas.request import Request
 
 
-WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)")  # emphasis as in (word:1.2)
+WEIGHT = re.compile(r"\([^()]*:\s*(?:\d+(?:\.\d+)?|\.\d+)\s*\)")  # emphasis as in (word:1.2)
 OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "cuda_graph", "tf32", "stages", "loras")
 
 

@@ -13,7 +13,8 @@ from .limits import MAX_IMAGES, MAX_PICTURES, MAX_WEIGHT
 from .messages import LONG, wrong_fields
 from .settings import SETTINGS, Settings, parse_settings
 
-CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+))?")
+NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"  # has one way to match, so that long digits of a hostile text take no time
+CONTROL = re.compile(rf"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>{NUMBER}))?")
 
 Strength = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
