@@ -122,6 +122,7 @@ def test_several_pictures_in_a_cell() -> None:
     [
         ({"sampler": "euler"}, "sampler 'euler': expected ddpm-wuerstchen or gdf"),
         ({"steps": 3}, "steps: unknown"),
+        ({"settings": {}}, "request: settings: unknown"),
         ({"prior_steps": "many"}, "prior_steps: "),
         ({"prior_steps": 2.5}, "prior_steps: "),
         ({"prior_guidance": math.nan}, "prior_guidance: "),
