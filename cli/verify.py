@@ -15,7 +15,8 @@ from .options import AS_JSON, PATH, STAGES, choice_option, parse_size, parsed, v
 from .verify_checkpoints import verify_checkpoints
 from .verify_print import next_steps, print_report, report_json
 
-FOR_CHECKPOINTS = ("bundle", "against", "stages", "mapping", "as_json")  # parameters of a comparison of checkpoints
+# Parameters that two checkpoints may be compared with; --force does no harm, and scripts add it to every command.
+FOR_CHECKPOINTS = ("bundle", "against", "stages", "mapping", "force", "as_json")
 NOT_RECORDED = ("recorded", "bisect", "ranges", "reports")  # options that cannot be given together with --record
 WITHOUT_ENGINE = (*NOT_RECORDED, "device", "verdict")  # options that are no arguments of `record_reference`
 
