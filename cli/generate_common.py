@@ -129,7 +129,7 @@ def note_memory(requests: "Sequence[Request]", cascade: "Cascade", most: int, *,
 
 
 def _extras(request: "Request", *, previews: bool) -> "Extras":
-    """The parts of a request that take memory besides its text."""
+    """The parts of a request, besides its text, that take memory."""
     from ..runtime.memory.prediction import Extras
     from ..runtime.sampling.controlnets import CONTROLS
 

@@ -91,7 +91,7 @@ def _print_comparisons(report: "Report") -> None:
 
 
 def _tolerated(report: "Report", stage: "Stage", tolerance: "StageTolerance") -> str:
-    """The precision of a stage, the origin of its tolerance, and the largest error of its passes."""
+    """The precision of a stage, the origin of its tolerance, and how much of that its passes take."""
     own = [each for each in report.comparisons if each.stage is stage and each.kind in FORWARD]
     quantised = f", {tolerance.quantization}" if tolerance.quantized_floor else ""
     worst = max((each.relative_l2 for each in own), default=0.0)

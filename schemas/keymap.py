@@ -33,7 +33,7 @@ class MappedTensor:
     rows: tuple[Rows, ...]
 
 
-Group = Mapping[str, Shape]  # the shapes of the source tensors that one application of a rule takes, by full name
+GroupShapes = Mapping[str, Shape]  # the shapes of the source tensors that one application of a rule takes, by full name
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Rule:
     def inverse(self) -> "Rule":
         return Rule(self.targets, self.sources, self.transposed) if self.targets else self
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: Group) -> dict[str, MappedTensor]:
+    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
         """Return the tensors `targets`, made of the tensors `sources`; both are the rule's names with their prefix."""
         if len(sources) > 1:
             return {targets[0]: _stacked(sources, targets[0], shapes)}
@@ -102,7 +102,7 @@ def _parts(name: str, targets: Sequence[str], shape: Shape) -> dict[str, MappedT
     }
 
 
-def _stacked(sources: Sequence[str], target: str, shapes: Group) -> MappedTensor:
+def _stacked(sources: Sequence[str], target: str, shapes: GroupShapes) -> MappedTensor:
     missing = [name for name in sources if name not in shapes]
     if missing:
         raise LayoutError(f"{target} needs {', '.join(missing)}, which is missing")
@@ -144,7 +144,7 @@ class KeyMap:
                 mapped[target] = tensor
         return mapped
 
-    def _apply_one(self, name: str, shapes: Mapping[str, Shape]) -> tuple[Group, dict[str, MappedTensor]]:
+    def _apply_one(self, name: str, shapes: Mapping[str, Shape]) -> tuple[GroupShapes, dict[str, MappedTensor]]:
         """Return the sources that the rule for `name` takes, and the tensors it maps them to."""
         for pattern, rule in self._sources:
             if match := pattern.fullmatch(name):

@@ -41,7 +41,7 @@ class PassportSource(FrozenModel):
 
 
 class Passport(FrozenModel):
-    """The facts about an output: its sources, how its values were made of them, and a digest of its bytes.
+    """The sources and the digest of an output.
 
     `content` is the digest of the file that has the passport, taken with zeros in place of its own digits (see
     `storage.content_digest`). `values` says whether every value was copied bit for bit. `dtypes` counts tensors.

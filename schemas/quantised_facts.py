@@ -1,4 +1,4 @@
-"""Facts about each format of quantised weights: its error, and the programs that read it."""
+"""The facts of each format of quantised weights: its error, and the programs that read it."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

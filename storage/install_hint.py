@@ -50,7 +50,7 @@ def _below_here(path: Path) -> str:
 
 
 def _origin() -> dict[str, Any]:
-    """The record of pip about the place that cascadekit came from (PEP 610); empty for a package index."""
+    """The place that pip took cascadekit from, as pip recorded it (PEP 610); empty for a package index."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:

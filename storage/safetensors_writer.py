@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # numpy is not needed to copy
 FLUSH_PAUSE = 0.05  # seconds between two flushes
 
 
-class Described(Protocol):
+class DescribedTensor(Protocol):
     """A tensor as a header describes it."""
 
     @property
@@ -129,7 +129,7 @@ class NewSafetensors:
 
 @contextmanager
 def new_safetensors(
-    path: Path, tensors: Mapping[str, Described], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, DescribedTensor], metadata: Mapping[str, str]
 ) -> Iterator[NewSafetensors]:
     """A new file with its header. The caller writes the values of the `tensors`; unwritten values are zero.
 
@@ -163,7 +163,7 @@ def _new_file(path: Path, header: bytes, places: Mapping[str, int], end: int) ->
         raise ConversionError(what_failed(path, end, error)) from error
 
 
-def encode_header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
+def encode_header(tensors: Mapping[str, DescribedTensor], metadata: Mapping[str, str]) -> bytes:
     """Return the header of a file that has `tensors` one after another, padded with spaces to a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
