@@ -10,7 +10,7 @@ import click
 
 from ..cli.console import complain, note, say, show_table
 from ..cli.lazy import LazyGroup
-from ..cli.options import PATH, parse_size
+from ..cli.options import PATH, parse_size, parsed
 from ..runtime.engines.engine_table import ENGINES as ENGINE_TABLE
 
 if TYPE_CHECKING:
@@ -147,7 +147,12 @@ def export(work: Path, network: str, dtype: str, source: Path | None, runs: int,
 @SOURCE
 @names_option("--engines", ENGINES, DEFAULT_ENGINES)
 @click.option(
-    "--size", metavar="WxH", default="1024x1024", show_default=True, callback=parse_size, help="Size of the image."
+    "--size",
+    metavar="WxH",
+    default="1024x1024",
+    show_default=True,
+    callback=parsed(parse_size),
+    help="Size of the image.",
 )
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="2 for an image with guidance.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..cli.console import say, show_table
-from ..cli.options import PATH, parse_size
+from ..cli.options import PATH, parse_size, parsed
 from ..runtime.engines.choose_device import DEVICES
 from ..runtime.engines.engine_table import AUTO, ENGINES
 from .cli import AS_JSON, machine_lines, runs_option, show, show_progress
@@ -22,7 +22,7 @@ COLUMNS = ("process", "open", "load", "first steps", "other steps", "rest", "fir
 @click.option("--device", type=click.Choice(DEVICES), default=AUTO, show_default=True)
 @click.option("--engine", type=click.Choice([AUTO, *ENGINES]), default=AUTO, show_default=True)
 @click.option("--memory", default="resident", show_default=True, help="The option of generate.")
-@click.option("--size", metavar="WxH", default="1024x1024", show_default=True, callback=parse_size)
+@click.option("--size", metavar="WxH", default="1024x1024", show_default=True, callback=parsed(parse_size))
 @click.option("--prior-steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--decoder-steps", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of the CPU.  [default: the engine's choice]")

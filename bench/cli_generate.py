@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..cli.console import say, show_table
-from ..cli.options import PATH, parse_size
+from ..cli.options import PATH, parse_size, parsed
 from .cli import AS_JSON, WORK, machine_lines, names_option, runs_option, seconds, show, show_progress
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ GENERATION_COLUMNS = [*"program text_encoder prior decoder vqgan image load loop
 @click.option("--model", type=PATH, help="Measure with this model folder, without a stand-in.")
 @click.option("--tiny", is_flag=True, help="Measure with the tiny cascade, for tests of this command.")
 @names_option("--programs", PROGRAMS, DEFAULT_PROGRAMS)
-@click.option("--size", metavar="WxH", default="512x512", show_default=True, callback=parse_size)
+@click.option("--size", metavar="WxH", default="512x512", show_default=True, callback=parsed(parse_size))
 @click.option("--prior-steps", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--decoder-steps", type=click.IntRange(1), default=2, show_default=True)
 @click.option(

@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import UsageError
-from ..schemas.forecast import OnPlan
 from ..schemas.precision import Precision
 from ..schemas.stages import Stage
-from ..schemas.targets import AOTINDUCTOR, PLAIN, RTX
-from .build_options import chosen_profiles, parse_arch, parse_profiles, parse_sizes, size_option
+from ..schemas.targets import AOTINDUCTOR, PLAIN, RTX, parse_targets
+from .build_options import chosen_profiles, parse_image_size, parse_profile, size_option
 from .console import detail, note, say_json, show_table
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import AS_JSON, DRY_RUN, PATH, STAGES, choice_option, volume_options
+from .options import AS_JSON, DRY_RUN, PATH, STAGES, choice_option, parsed, volume_options
 from .progress import build_progress, byte_progress
 
 if TYPE_CHECKING:
-    from ..converters.tensorrt import BuildOptions, Built
+    from ..converters.tensorrt import Built
     from ..schemas.plan_entries import ImageSize
     from ..schemas.profiles import Bounds
 
@@ -41,7 +40,6 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     "targets",
     metavar="GPU",
     multiple=True,
-    callback=parse_arch,
     help="GPU to build for, such as sm89 or 'rtx 4090' (repeatable, or with commas); one plan serves several.",
 )
 @click.option("--stage", "stages", multiple=True, type=STAGES, help="Build this stage only (repeatable).")
@@ -59,7 +57,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     "statics",
     metavar="WxH[xB]",
     multiple=True,
-    callback=parse_sizes,
+    callback=parsed(parse_image_size),
     help="Add a profile for this size alone (repeatable).",
 )
 @click.option(
@@ -67,7 +65,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
     "profiles",
     metavar="MIN:OPT:MAX",
     multiple=True,
-    callback=parse_profiles,
+    callback=parsed(parse_profile),
     help="Add a profile (repeatable). Several narrow profiles run faster than a wide one.",
 )
 @click.option("-o", "--output", type=PATH, help="Export first: BUNDLE is then a model, and this is the bundle to make.")
@@ -93,6 +91,7 @@ HOWS = {"built": "built", "kept": "was there", "cached": "from the cache"}
 @volume_options
 def build(
     bundle: Path,
+    targets: tuple[str, ...],
     min_size: "ImageSize | None",
     opt_size: "ImageSize | None",
     max_size: "ImageSize | None",
@@ -118,13 +117,17 @@ def build(
     from ..converters.tensorrt import build as run
 
     options = BuildOptions(
+        targets=parse_targets(targets),
         stages=tuple(Stage(stage) for stage in stages),
         profiles=chosen_profiles(min_size, opt_size, max_size, statics=statics, profiles=profiles),
         **chosen,
     )
     if output is not None:
-        with plan_only(dry_run, as_json=as_json) as on_plan:
-            _export(bundle, output, options, precision, text_encoder, on_plan=on_plan)
+        from ..converters.tensorrt.export_for_build import export_for_build
+
+        export: dict[str, Any] = {"precision": precision and Precision(precision), "text_encoder": text_encoder}
+        with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
+            export_for_build(bundle, output, options, **export, start_file=start_file, say=note, on_plan=on_plan)
         bundle = output
     elif precision or text_encoder:
         raise UsageError("--precision and --text-encoder are for the export that -o asks for")
@@ -137,37 +140,9 @@ def build(
             name, expected = f"{built.stage}/{built.plan.graph}", built.estimate
             detail(f"{name}: {expected.nodes} nodes, {built.plan.seconds:.1f} s of about {expected.seconds:.1f}")
     if as_json:
-        say_json([_described(built) for built in done])
+        say_json([{"stage": each.stage, "how": each.how, **each.plan.model_dump(mode="json")} for each in done])
     else:
         show_table("", COLUMNS, map(_row, done))
-
-
-def _export(
-    model: Path,
-    output: Path,
-    options: "BuildOptions",
-    precision: str | None,
-    text_encoder: Path | None,
-    *,
-    on_plan: OnPlan | None,
-) -> None:
-    from ..converters.tensorrt.export_for_build import export_for_build
-
-    with byte_progress() as start_file:
-        export_for_build(
-            model,
-            output,
-            options,
-            precision=Precision(precision) if precision else None,
-            text_encoder=text_encoder,
-            start_file=start_file,
-            say=note,
-            on_plan=on_plan,
-        )
-
-
-def _described(built: "Built") -> dict[str, Any]:
-    return {"stage": built.stage, "how": built.how, **built.plan.model_dump(mode="json")}
 
 
 def _row(built: "Built") -> tuple[str, ...]:

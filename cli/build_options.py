@@ -1,12 +1,12 @@
-"""The option types of `build`: GPUs, image sizes and profiles."""
+"""The options of `build` for image sizes and profiles."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..schemas.errors import CascadeError, UsageError
-from ..schemas.targets import parse_targets
+from ..schemas.errors import UsageError
+from .options import parsed
 
 if TYPE_CHECKING:  # they import pydantic, which `build --help` does without
     from ..schemas.plan_entries import ImageSize
@@ -16,36 +16,20 @@ if TYPE_CHECKING:  # they import pydantic, which `build --help` does without
 DEFAULT_SIZES: Mapping[str, str] = {"min": "512x512x1", "opt": "1024x1024x1", "max": "1536x1536x2"}
 
 
-def parse_sizes(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """One size, or a tuple of sizes for an option that may be repeated."""
-    from ..schemas.profiles import parse_image_size
+def parse_image_size(text: str) -> "ImageSize":
+    from ..schemas import profiles
 
-    try:
-        return tuple(map(parse_image_size, value)) if isinstance(value, tuple) else value and parse_image_size(value)
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from None
+    return profiles.parse_image_size(text)
 
 
-def parse_arch(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        return parse_targets(values)
-    except UsageError as error:
-        raise click.BadParameter(str(error)) from None
+def parse_profile(text: str) -> "Bounds":
+    """The sizes in MIN:OPT:MAX. Raises UsageError for any other text."""
+    from ..schemas.profiles import Bounds
 
-
-def parse_profiles(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> "tuple[Bounds, ...]":
-    from ..schemas.profiles import Bounds, parse_image_size
-
-    found = []
-    for value in values:
-        sizes = value.split(":")
-        if len(sizes) != 3:
-            raise click.BadParameter(f"{value!r}: expected MIN:OPT:MAX, such as 512x512:1024x1024:1536x1536x2")
-        try:
-            found.append(Bounds(*map(parse_image_size, sizes)))
-        except CascadeError as error:
-            raise click.BadParameter(str(error)) from None
-    return tuple(found)
+    sizes = text.split(":")
+    if len(sizes) != 3:
+        raise UsageError(f"{text!r}: expected MIN:OPT:MAX, such as 512x512:1024x1024:1536x1536x2")
+    return Bounds(*map(parse_image_size, sizes))
 
 
 def chosen_profiles(
@@ -70,6 +54,6 @@ def size_option(name: str, text: str) -> Callable[..., Any]:
         f"--{name}",
         f"{name}_size",
         metavar="WxH[xB]",
-        callback=parse_sizes,
+        callback=parsed(parse_image_size),
         help=f"{text}  [default: {DEFAULT_SIZES[name]}]",
     )

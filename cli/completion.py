@@ -11,7 +11,7 @@ from .help import HelpfulCommand
 from .options import AS_JSON, volume_options
 
 PROGRAM, VARIABLE = "cascadekit", "_CASCADEKIT_COMPLETE"
-# Where each shell finds scripts by itself, below the home folder or the variable's folder.
+# The file in which each shell looks for the script by itself, below the home folder or the variable's folder.
 PLACES = {
     "bash": ("XDG_DATA_HOME", ".local/share", "bash-completion/completions/cascadekit"),
     "zsh": ("ZDOTDIR", "", ".zfunc/_cascadekit"),

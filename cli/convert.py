@@ -9,7 +9,6 @@ import click
 from ..schemas.block_types import WRITTEN
 from ..schemas.comfy_formats import CHOICES
 from ..schemas.dtypes import DTYPE_OPTIONS
-from ..schemas.folders import parse_size
 from ..schemas.layouts import Layout
 from ..schemas.sdnq_formats import SDNQ_CHOICES
 from .console import detail, finish, note
@@ -21,13 +20,6 @@ from .progress import byte_progress
 TO = "Layout to write; modular is a diffusers folder with the code of its pipeline, for diffusers 0.42."
 
 NO_PASSPORT = "Write no passports into the files; they say what each file was made of."
-
-
-def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    try:
-        return parse_size(value) if value is not None else None
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 @click.command(cls=HelpfulCommand)
@@ -49,7 +41,7 @@ def _parse_shard_size(ctx: click.Context, param: click.Parameter, value: str | N
 @click.option("--lite", is_flag=True, help="Take prior_lite/ and decoder_lite/ where a folder has both sizes.")
 @click.option("--ema", is_flag=True, help="Take averaged weights where a file has trained ones too.")
 @click.option("--as-variant", default="", help="Variant to put into the names of diffusers files, such as bf16.")
-@click.option("--shard-size", callback=_parse_shard_size, help="Cut larger diffusers components, e.g. 10GB.")
+@click.option("--shard-size", help="Cut larger diffusers components, e.g. 10GB.")
 @click.option("--combined", is_flag=True, help="Write the folders of StableCascadeCombinedPipeline (diffusers).")
 @click.option("--canonical", is_flag=True, help="Order tensors as the safetensors library does.")
 @click.option("--no-passport", "passport", is_flag=True, default=True, flag_value=False, help=NO_PASSPORT)
@@ -61,8 +53,6 @@ def convert(
     sources: tuple[Path, ...],
     output: Path,
     to: str,
-    text_encoder: Path | None,
-    image_encoder: Path | None,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -78,7 +68,6 @@ def convert(
     from ..converters.checkpoints.convert import convert as run
 
     start = perf_counter()
-    options |= {"text_encoder": text_encoder, "image_encoder": image_encoder}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
         done = run(sources, output, to, **options, say=note, start_file=start_file, on_plan=on_plan)
     for text in done.details:

@@ -1,60 +1,45 @@
 """The command `export`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ..converters.export.export_options import WeightsMode
+from ..schemas.errors import UsageError
 from ..schemas.fp16 import MAX_EXPONENT
 from ..schemas.precision import Precision, Target
 from ..schemas.quantization import Quantization
 from ..schemas.stages import Stage
-from .console import detail, finish, note
+from .console import Volume, detail, finish, note, say, show_table, volume
 from .dry_run import plan_only
 from .help import HelpfulCommand
-from .options import (
-    AS_JSON,
-    DRY_RUN,
-    PATH,
-    STAGES,
-    WEIGHTS,
-    choice_option,
-    parse_loras,
-    volume_options,
-)
+from .options import AS_JSON, DRY_RUN, PATH, STAGES, WEIGHTS, choice_option, parse_lora, parsed, volume_options
 from .progress import byte_progress
-from .quantize_print import show_choices
 
 if TYPE_CHECKING:
     from ..converters.export.quantize_choice import QuantizationChoice
 
 
-def _parse_precisions(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> dict[Stage | None, Precision]:
-    """Each value is [STAGE=]PRECISION; the one without a stage is for all other stages."""
-    found: dict[Stage | None, Precision] = {}
-    for value in values:
-        stage, _, precision = value.rpartition("=")
-        try:
-            found[Stage(stage) if stage else None] = Precision(precision)
-        except ValueError:
-            raise click.BadParameter(
-                f"{value!r}: expected {', '.join(Precision)}, or a stage and one of these as in prior=bf16"
-            ) from None
-    return found
+def _stage_and_precision(text: str) -> tuple[Stage | None, Precision]:
+    """The parts of [STAGE=]PRECISION; without a stage it is for all other stages."""
+    stage, _, precision = text.rpartition("=")
+    try:
+        return Stage(stage) if stage else None, Precision(precision)
+    except ValueError:
+        raise UsageError(
+            f"{text!r}: expected {', '.join(Precision)}, or a stage and one of these as in prior=bf16"
+        ) from None
 
 
-def _parse_fp16_safe(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> Literal["auto", "off"] | int | None:
-    if value is None or value in ("auto", "off"):
-        return value  # type: ignore[return-value]
-    if not value.isdecimal() or len(value) > 2 or int(value) > MAX_EXPONENT:
-        raise click.BadParameter(f"{value!r}: expected auto, off, or a number from 0 to {MAX_EXPONENT}")
-    return int(value)
+def _fp16_safe(text: str) -> str | int:
+    if text in ("auto", "off"):
+        return text
+    if not text.isdecimal() or len(text) > 2 or int(text) > MAX_EXPONENT:
+        raise UsageError(f"{text!r}: expected auto, off, or a number from 0 to {MAX_EXPONENT}")
+    return int(text)
 
 
 @click.command(cls=HelpfulCommand)
@@ -74,7 +59,7 @@ def _parse_fp16_safe(
     "precisions",
     metavar="[STAGE=]fp32|bf16|fp16",
     multiple=True,
-    callback=_parse_precisions,
+    callback=parsed(_stage_and_precision),
     help="Precision that graphs compute in, all or those of one stage (repeatable).  [default: fp32]",
 )
 @choice_option(
@@ -91,7 +76,7 @@ def _parse_fp16_safe(
 @click.option(
     "--fp16-safe",
     metavar="auto|off|K",
-    callback=_parse_fp16_safe,
+    callback=parsed(_fp16_safe),
     help="Keep the sums of prior, decoder and vqgan within the range of fp16: scaled by 2^-K, or (auto) by the scale "
     "that a short calibration run finds necessary.  [default: auto]",
 )
@@ -123,7 +108,7 @@ def _parse_fp16_safe(
     "loras",
     metavar="FILE[:STRENGTH]",
     multiple=True,
-    callback=parse_loras,
+    callback=parsed(parse_lora),
     help="Merge a LoRA into the weights (repeatable); the changed weights are copied.",
 )
 @click.option("--text-encoder", type=PATH, help="CLIP bigG text encoder, when MODEL has none.")
@@ -135,13 +120,7 @@ def _parse_fp16_safe(
 def export(
     model: Path,
     output: Path,
-    stages: tuple[str, ...],
-    precisions: dict[Stage | None, Precision],
-    target: str,
-    storage: str | None,
-    quantize: str,
-    loras: list[tuple[str, float]],
-    text_encoder: Path | None,
+    precisions: tuple[tuple[Stage | None, Precision], ...],
     dry_run: bool,
     as_json: bool,
     **chosen: Any,
@@ -156,30 +135,19 @@ def export(
     from ..converters.export.export_options import ExportOptions
 
     start = perf_counter()
+    by_stage = dict(precisions)
     options = ExportOptions(
-        stages=[Stage(stage) for stage in stages],
-        precision=precisions.get(None, Precision.FP32),
-        precisions={stage: precision for stage, precision in precisions.items() if stage is not None},
-        target=Target(target),
-        storage=Precision(storage) if storage else None,
-        quantize=Quantization(quantize),
-        loras=[(Path(name), strength) for name, strength in loras],
-        text_encoder=text_encoder,
+        precision=by_stage.pop(None, Precision.FP32),
+        precisions={stage: precision for stage, precision in by_stage.items() if stage},
         **chosen,
     )
     choices: dict[Stage, QuantizationChoice] = {}
     with plan_only(dry_run, as_json=as_json) as on_plan, byte_progress() as start_file:
         manifest = run(
-            model,
-            output,
-            options,
-            start_file=start_file,
-            say=note,
-            on_quantized=choices.__setitem__,
-            on_plan=on_plan,
+            model, output, options, start_file=start_file, say=note, on_quantized=choices.__setitem__, on_plan=on_plan
         )
     if not as_json:
-        show_choices(choices)
+        _show_choices(choices)
     for stage, entry in manifest.stages.items():
         size = sum(file.bytes for file in entry.files) / 1e6
         detail(f"{stage}: {entry.precision}, graphs {', '.join(entry.graphs)}, {len(entry.files)} files, {size:.1f} MB")
@@ -191,3 +159,14 @@ def export(
             "hard links: other programs cannot open the graphs (onnx.load refuses them), and the model's files must "
             "not change in place; --weights copy makes the bundle independent"
         )
+
+
+def _show_choices(choices: "Mapping[Stage, QuantizationChoice]") -> None:
+    """Print which Linears were quantised: a line for each stage, or with --verbose a table of its Linears."""
+    from ..converters.export.quantize_stage import COLUMNS, summary, table_rows
+
+    for stage, choice in choices.items():
+        if volume() is Volume.VERBOSE:
+            show_table(f"{stage} in {choice.scheme.kind}", COLUMNS, table_rows(choice))
+        else:
+            say(f"{stage}: {summary(choice)}")

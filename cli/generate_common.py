@@ -1,4 +1,4 @@
-"""Functions that `generate` and `ui` share: opening the cascade, and notes."""
+"""Functions that `generate`, `ui` and `serve` share: opening the cascade, and notes."""
 
 import hashlib
 import re
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from ..schemas.request import Request
 
 
-WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)")  # emphasis as in (word:1.2)
+WEIGHT = re.compile(r"\([^()]*:\s*(?:\d+(?:\.\d+)?|\.\d+)\s*\)")  # emphasis as in (word:1.2)
 OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "cuda_graph", "tf32", "stages", "loras")
 
 
-def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, float]], **options: Any) -> "Cascade":
+def open_cascade(bundle: Path, *, loras: Sequence[tuple[str, float]], **options: Any) -> "Cascade":
     """Open the cascade with the options of MACHINERY, whose names are in `OPENING`."""
     from ..runtime.cascade import Cascade
     from ..runtime.engines.int8_saturation import int8_warning
@@ -35,7 +35,7 @@ def open_cascade(bundle: Path, *, vram: int | None, loras: Sequence[tuple[str, f
         Cascade.open(bundle, **options).close()  # an engine that cannot run here is refused before LoRAs are merged
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
-    cascade = Cascade.open(bundle, vram=None if vram is None else vram << 20, refit=_refit, say=note, **options)
+    cascade = Cascade.open(bundle, refit=_refit, say=note, **options)
     manifest, name = cascade.manifest, cascade.engine.name
     for line in (_verdict_note(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:
@@ -77,7 +77,7 @@ def _refit(engine: Any, graph: Path) -> None:
     refit(find_backend("tensorrt"), engine, graph)
 
 
-def request_fields(options: Mapping[str, Any], loras: Sequence[tuple[str, float]] = ()) -> dict[str, Any]:
+def request_fields(options: Mapping[str, Any], loras: Sequence[tuple[str, float]]) -> dict[str, Any]:
     """The fields of a request, from those options of LOOKS that were given, and from the LoRAs."""
     found = {name: value for name, value in options.items() if value not in (None, ()) and name != "size"}
     if options.get("size"):

@@ -31,7 +31,9 @@ def on_ray(
     Raises UsageError for options that a cluster cannot follow."""
     if engine["loras"]:
         raise UsageError("--lora: nodes have no merged weights; merge them with `cascadekit lora apply BUNDLE LORA`")
-    cluster = ClusterSettings(address, parse_pools(actors), opening_options(engine))
+    opening = {name: engine[name] for name in OPENING if name != "loras"}
+    opening["stages"] = {stage: path.resolve() for stage, path in engine["stages"].items()}
+    cluster = ClusterSettings(address, parse_pools(actors), opening)
     import_ray()
     assert settings.bundle is not None
     tokenizer = ClipTokenizer.open(open_bundle(settings.bundle).tokenizer, draft.manifest.text_rows)
@@ -42,11 +44,3 @@ def on_ray(
     for line in report.lines():
         inform(line)
     return counts, {"on_stages": report.to_json()}
-
-
-def opening_options(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `Cascade.open` among those of MACHINERY, with whole paths."""
-    found = {name: engine[name] for name in OPENING if name != "loras"}
-    vram = found["vram"]
-    stages = {stage: path.resolve() for stage, path in found["stages"].items()}
-    return {**found, "vram": None if vram is None else vram << 20, "stages": stages}

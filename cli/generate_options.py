@@ -7,31 +7,29 @@ from typing import Any
 import click
 
 from ..runtime.engines.engine_table import AUTO, ENGINES
+from ..schemas.errors import UsageError
 from ..schemas.sampler import Sampler
 from ..schemas.sizes import SizePolicy
 from ..schemas.stages import Stage
-from .options import PATH, GivenPath, choice_option, parse_loras, parse_size
+from .options import PATH, GivenPath, choice_option, parse_lora, parse_size, parsed
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 
-def _parse_ratios(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    """The value of an option such as 1,0.5,0."""
+def _ratios(text: str) -> tuple[float, ...]:
+    """The ratios in a text such as 1,0.5,0."""
     try:
-        return None if value is None else tuple(float(ratio) for ratio in value.split(","))
+        return tuple(float(ratio) for ratio in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r}: expected ratios such as 1,0.75,0.5,0.25,0") from None
+        raise UsageError(f"{text!r}: expected ratios such as 1,0.75,0.5,0.25,0") from None
 
 
-def _parse_stages(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[Stage, Path]:
-    """Each value is STAGE=BUNDLE."""
-    found = {}
-    for value in values:
-        name, _, path = value.partition("=")
-        if name not in tuple(Stage) or not path:
-            raise click.BadParameter(f"{value!r}: expected a stage and a bundle, such as decoder=lite-bundle")
-        found[Stage(name)] = Path(path)
-    return found
+def _stage_and_bundle(text: str) -> tuple[Stage, Path]:
+    """The parts of STAGE=BUNDLE."""
+    name, _, path = text.partition("=")
+    if name not in tuple(Stage) or not path:
+        raise UsageError(f"{text!r}: expected a stage and a bundle, such as decoder=lite-bundle")
+    return Stage(name), Path(path)
 
 
 def _setting(*names: str, default: str = "", **more: Any) -> Option:
@@ -42,7 +40,7 @@ def _setting(*names: str, default: str = "", **more: Any) -> Option:
 # Options that change the image. Their names are those of a request's fields.
 LOOKS: Sequence[Option] = (
     _setting("--negative", default="nothing", help="Text that describes what to avoid."),
-    click.option("--size", metavar="WxH", callback=parse_size, help="Multiples of 8.  [default: the bundle's]"),
+    click.option("--size", metavar="WxH", callback=parsed(parse_size), help="Multiples of 8.  [default: the bundle's]"),
     _setting("--prior-steps", type=int, default="20"),
     _setting("--prior-guidance", type=float, default="4.0"),
     _setting("--decoder-steps", type=int, default="10"),
@@ -57,17 +55,14 @@ LOOKS: Sequence[Option] = (
     _setting("--prior-shift", type=float, default="1.0; 2.0 with gdf", help="Shift of the noise schedule (gdf)."),
     _setting("--decoder-shift", type=float, default="1.0", help="Shift of the noise schedule (gdf)."),
     _setting("--rescale", type=float, default="0.7", help="Rescaling of guidance (gdf)."),
-    _setting(
-        "--prior-timesteps",
-        metavar="1,...,0",
-        callback=_parse_ratios,
-        help="Timestep ratios in place of a number of steps.",
-    ),
-    _setting(
-        "--decoder-timesteps",
-        metavar="1,...,0",
-        callback=_parse_ratios,
-        help="Timestep ratios in place of a number of steps.",
+    *(
+        _setting(
+            f"--{stage}-timesteps",
+            metavar="1,...,0",
+            callback=parsed(_ratios),
+            help="Timestep ratios in place of a number of steps.",
+        )
+        for stage in ("prior", "decoder")
     ),
     click.option(
         "--image-prompt", "image_prompts", multiple=True, metavar="PICTURE", help="A picture to follow (repeatable)."
@@ -113,7 +108,11 @@ MACHINERY: Sequence[Option] = (
         "they fit into half of the free memory.",
     ),
     click.option(
-        "--vram", type=click.IntRange(1, 1 << 40), metavar="MB", help="GPU memory TensorRT may take.  [default: free]"
+        "--vram",
+        type=click.IntRange(1, 1 << 40),
+        metavar="MB",
+        callback=lambda ctx, param, given: given and given << 20,
+        help="GPU memory TensorRT may take.  [default: free]",
     ),
     click.option("--allow-cpu", is_flag=True, help="Let the CPU run what ONNX Runtime cannot run on the GPU."),
     click.option(
@@ -129,7 +128,7 @@ MACHINERY: Sequence[Option] = (
         "stages",
         metavar="STAGE=BUNDLE",
         multiple=True,
-        callback=_parse_stages,
+        callback=lambda *given: dict(parsed(_stage_and_bundle)(*given)),
         help="Take a stage from another bundle (repeatable).",
     ),
     click.option(
@@ -137,7 +136,7 @@ MACHINERY: Sequence[Option] = (
         "loras",
         metavar="FILE[:STRENGTH]",
         multiple=True,
-        callback=parse_loras,
+        callback=parsed(parse_lora),
         help="Merge a LoRA into the weights, in a cache; a file, or a name in $CASCADEKIT_LORAS (repeatable).",
     ),
 )

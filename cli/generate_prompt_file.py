@@ -20,7 +20,7 @@ from ..schemas.stages import Stage
 from ..storage.bucket import BucketPath
 from .console import FAILED, detail, finish, note, say
 from .generate_common import manifest_of, note_cut_prompts, note_memory, open_cascade, require_previewer
-from .progress import batch_progress, step_bars
+from .progress import batch_progress
 from .signals import stoppable
 from .translate import in_options
 
@@ -36,8 +36,8 @@ def generate_prompt_file(
     defaults: Mapping[str, Any],
     *,
     as_json: bool,
-    ray: str | None = None,
-    actors: Sequence[str] = (),
+    ray: str | None,
+    actors: Sequence[str],
 ) -> None:
     """Generate the images of a file of prompts that do not exist yet, and print a line for each, or JSON at the end.
 
@@ -85,11 +85,11 @@ class _Shown(BatchObserver):
     def planned(self, plan: BatchPlan) -> None:
         for problem in plan.problems:
             note(f"left out: {problem}")
-        if isinstance(self._settings.output, BucketPath):  # asking it for each image would take long
-            self.notes(plan.jobs)
-        elif left := [job for job in plan.jobs if self._settings.force or not job.path.exists()]:
+        in_bucket = isinstance(self._settings.output, BucketPath)  # asking it for each image would take long
+        if left := [job for job in plan.jobs if in_bucket or self._settings.force or not job.path.exists()]:
             self.notes(left)
-            _note_disk(left, self._settings)
+            if not in_bucket:
+                _note_disk(left, self._settings)
         self._total = len(plan.jobs)
         self._stack.callback(self._remove_previews)
         self._stop = self._stack.enter_context(stoppable())
@@ -97,7 +97,7 @@ class _Shown(BatchObserver):
 
     def step(self, jobs: Sequence[ImageJob], stage: Stage, step: Any) -> None:
         self._in_work[:] = [job.path for job in jobs]
-        with_previews(step_bars(self._bars.step), self._in_work, self._settings.preview_every)(stage, step)
+        with_previews(self._bars.step, self._in_work, self._settings.preview_every)(stage, step)
         self.check()
 
     def check(self) -> None:

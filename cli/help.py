@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import cleandoc
 from typing import Any
 
@@ -57,7 +57,7 @@ class HelpfulCommand(click.Command):
             formatter.write("Examples:\n" if len(examples) > 1 else "Example:\n")
             for title, command in examples:
                 formatter.write(f"  # {title}\n" if title not in ("Example", "") else "")
-                formatter.write("".join(_broken(command, formatter.width)))
+                formatter.write(_broken(command, formatter.width))
 
 
 def _parted(help_text: str) -> tuple[str, list[tuple[str, str]]]:
@@ -72,11 +72,10 @@ def _parted(help_text: str) -> tuple[str, list[tuple[str, str]]]:
     return text, examples
 
 
-def _broken(command: str, width: int) -> Iterator[str]:
-    r"""The lines of a command; those that go on end with a backslash, so that they can be pasted."""
-    wrapper = textwrap.TextWrapper(width - 4, break_long_words=False, break_on_hyphens=False, subsequent_indent="  ")
-    lines = wrapper.wrap(command)
-    yield " \\\n".join(f"  {line}" for line in lines) + "\n"
+def _broken(command: str, width: int) -> str:
+    r"""A command in lines; those that go on end with a backslash, so that they can be pasted."""
+    lines = textwrap.wrap(command, width - 4, break_long_words=False, break_on_hyphens=False, subsequent_indent="  ")
+    return " \\\n".join(f"  {line}" for line in lines) + "\n"
 
 
 def _record(param: click.Parameter, ctx: click.Context) -> tuple[str, str] | None:

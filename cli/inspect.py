@@ -11,7 +11,7 @@ import click
 from ..storage.install_hint import install_hint
 from .console import FAILED, note, say, say_json, say_wrapped, show_table
 from .help import HelpfulCommand
-from .options import PATH
+from .options import AS_JSON, PATH
 from .plan_print import show_plans, show_verdicts
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ HASH_DIGITS, HASH_SHOWN = 64, 12
 @click.command(cls=HelpfulCommand)
 @click.argument("path", type=PATH)
 @click.option("--hash", is_flag=True, help="Compare every byte with the passports, also of files above 64 MiB.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def inspect(path: Path, hash: bool, as_json: bool) -> None:
     """Show what a file or folder holds.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ..schemas.errors import UsageError
 from ..schemas.stages import Stage
 from .console import Volume, note, set_volume
 
@@ -28,6 +29,20 @@ WEIGHTS = {"copy": "copied", "link": "hard-linked", "reflink": "cloned"}  # a bu
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and write nothing.")
+
+
+def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A callback of an option whose text `parse` reads, or each text where the option may be repeated.
+
+    A text that `parse` refuses is a wrong value of the option."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            return tuple(map(parse, value)) if isinstance(value, tuple) else None if value is None else parse(value)
+        except (UsageError, ValueError) as error:
+            raise click.BadParameter(str(error)) from None
+
+    return callback
 
 
 def choice_option(
@@ -91,29 +106,19 @@ def local(source: Path) -> Path:
     return local_path(source, note)
 
 
-def all_local(sources: Sequence[Path]) -> list[Path]:
-    """`local` for each of several sources."""
-    return [local(source) for source in sources]
-
-
-def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """The value of an option such as 1024x768 as (width, height)."""
-    if value is None:
-        return None
+def parse_size(text: str) -> tuple[int, int]:
+    """The size in a text such as 1024x768, as (width, height). Raises UsageError for any other text."""
     try:
-        width, height = (int(side) for side in value.lower().split("x"))
+        width, height = (int(side) for side in text.lower().split("x"))
     except ValueError:
-        raise click.BadParameter(f"{value!r}: expected WIDTHxHEIGHT, such as 1024x768") from None
+        raise UsageError(f"{text!r}: expected WIDTHxHEIGHT, such as 1024x768") from None
     return width, height
 
 
-def parse_loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Each value is FILE[:STRENGTH]; a value that is the name of a file is that file."""
-    found = []
-    for value in values:
-        name, colon, strength = value.rpartition(":")
-        try:
-            found.append((value, 1.0) if not colon or Path(value).exists() else (name, float(strength)))
-        except ValueError:
-            found.append((value, 1.0))
-    return found
+def parse_lora(text: str) -> tuple[str, float]:
+    """The name and the strength in FILE[:STRENGTH]; a text that is the name of a file is that file."""
+    name, colon, strength = text.rpartition(":")
+    try:
+        return (text, 1.0) if not colon or Path(text).exists() else (name, float(strength))
+    except ValueError:
+        return text, 1.0

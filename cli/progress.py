@@ -4,11 +4,12 @@ Bars disappear when their work is done; what stays are the lines that were writt
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..schemas.callbacks import Progress, StartFile, ignored
 from ..schemas.passes import Passes
 from ..schemas.stages import Stage
 from .console import Volume, err, inform, volume
@@ -16,7 +17,8 @@ from .escape import visible_line
 from .remaining import Remaining
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
+    from rich.progress import Progress as Bars
+    from rich.progress import ProgressColumn
 
     from ..converters.tensorrt import BuildProgress
     from ..runtime.sampling.loop import Step
@@ -25,18 +27,12 @@ HOUR = 3600.0  # seconds; images may take minutes each, and an estimate needs se
 BETWEEN = 10.0  # seconds between two lines about one build in a pipe
 RESTING = 4.0  # times a second that bars are drawn
 
-Steps = Callable[[str, int, int], object]  # called with a name, the steps done and their total
+Shown = TypeVar("Shown", bound=AbstractContextManager[Any])
 
 
 @contextmanager
-def _bars(*columns: "ProgressColumn", **how: Any) -> "Iterator[Progress]":
-    """Bars on standard error: a description, the bar, and `columns`. Lines written meanwhile stay above them."""
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    description = TextColumn("{task.description}", markup=False)
-    bars = Progress(
-        description, BarColumn(24), *columns, console=err.console, transient=True, refresh_per_second=RESTING, **how
-    )
+def _shown(bars: Shown) -> Iterator[Shown]:
+    """Show `bars` on standard error. Lines written meanwhile stay above them."""
     with bars:
         err.has_bars = True
         try:
@@ -45,19 +41,28 @@ def _bars(*columns: "ProgressColumn", **how: Any) -> "Iterator[Progress]":
             err.has_bars = False
 
 
+def _bars(*columns: "ProgressColumn", **how: Any) -> "AbstractContextManager[Bars]":
+    """Bars on standard error: a description, the bar, and `columns`."""
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    description = TextColumn("{task.description}", markup=False)
+    how |= {"console": err.console, "transient": True, "refresh_per_second": RESTING}
+    return _shown(Bars(description, BarColumn(24), *columns, **how))
+
+
 def _has_bars() -> bool:
     return err.is_terminal and volume() is not Volume.QUIET
 
 
 @contextmanager
-def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
-    """Progress over bytes. Call the yielded function with a file's name and size; call the function that it returns
-    with each number of bytes done."""
+def byte_progress() -> Iterator[StartFile]:
+    """Progress over the bytes of files, which the yielded function begins."""
     if not _has_bars():
 
-        def announce(name: str, total: int) -> Callable[[int], object]:
+        def announce(name: str, total: int) -> Progress:
             inform(f"{name}: {total / 1e6:.1f} MB")
-            return lambda done: None
+            return ignored
 
         yield announce
         return
@@ -65,7 +70,7 @@ def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
 
     with _bars(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bars:
 
-        def start(name: str, total: int) -> Callable[[int], object]:
+        def start(name: str, total: int) -> Progress:
             task = bars.add_task(visible_line(name), total=total)
 
             def advance(done: int) -> None:
@@ -81,8 +86,10 @@ def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
 
 @dataclass(frozen=True)
 class RunProgress:
-    """Follows a run of `generate`. `loading` is called with each stage that is loaded and its bytes, `step` after each
-    step of sampling, and `image` with the number of images that are done."""
+    """The functions that follow a run of `generate`.
+
+    `loading` is called with each stage that is loaded and its bytes, `step` after each step of sampling. `image` is
+    called with the number of images that are done."""
 
     loading: Callable[[Stage, int], object]
     step: "Callable[[Stage, Step], object]"
@@ -107,7 +114,7 @@ def run_progress(groups: Sequence[Passes], images: int) -> Iterator[RunProgress]
             if step.index + 1 == step.steps:
                 inform(f"{stage}: {step.steps} steps")
 
-        yield RunProgress(loading, print_end, lambda done: None)
+        yield RunProgress(loading, print_end, ignored)
         return
     from rich.progress import TimeElapsedColumn
 
@@ -160,21 +167,13 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-@dataclass(frozen=True)
-class BatchBars:
-    """`image` is called with the number of images done, `step` as what `Steps` describes."""
-
-    image: Callable[[int], object]
-    step: Steps
-
-
 @contextmanager
-def batch_progress(total: int) -> Iterator[BatchBars]:
+def batch_progress(total: int) -> Iterator[RunProgress]:
     """Progress over `total` images, with the time that they still take, and over the steps of the images in work.
 
-    In a pipe there are no bars: a line is printed for each image."""
+    Loading is not shown. In a pipe there are no bars: a line is printed for each image."""
     if not _has_bars():
-        yield BatchBars(lambda done: None, lambda name, done, steps: None)
+        yield RunProgress(ignored, ignored, ignored)
         return
     from rich.progress import MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -182,15 +181,10 @@ def batch_progress(total: int) -> Iterator[BatchBars]:
     with _bars(*columns, speed_estimate_period=HOUR) as bars:
         images = bars.add_task("images", total=total)
 
-        def step(name: str, done: int, steps: int) -> None:
-            bars.update(images, description=f"images, {visible_line(name)} {done}/{steps}")
+        def step(stage: Stage, step: "Step") -> None:
+            bars.update(images, description=f"images, {stage} {step.index + 1}/{step.steps}")
 
-        yield BatchBars(lambda done: bars.update(images, completed=done), step)
-
-
-def step_bars(steps: Steps) -> "Callable[[Stage, Step], object]":
-    """A function that is called after each step of sampling, and moves the bars of `steps`."""
-    return lambda stage, step: steps(stage, step.index + 1, step.steps)
+        yield RunProgress(ignored, step, lambda done: bars.update(images, completed=done))
 
 
 @contextmanager
@@ -199,12 +193,8 @@ def build_progress() -> "Iterator[Callable[[BuildProgress], object]]":
     if _has_bars():
         from rich.text import Text
 
-        with err.console.status("") as status:
-            err.has_bars = True
-            try:
-                yield lambda progress: status.update(Text(visible_line(_build_line(progress))))
-            finally:
-                err.has_bars = False
+        with _shown(err.console.status("")) as status:
+            yield lambda progress: status.update(Text(visible_line(_build_line(progress))))
         return
     last: dict[str, float] = {}
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-# A name, "=", and a literal. What stands around it must not be part of a path, a longer name or a larger expression.
+# A name, "=", and a literal. The text around these must not be part of a path, a longer name or a larger expression.
 _ARGUMENT = re.compile(
     r"""(?<![^\s(`'"])(?P<name>[a-z][a-z0-9_]*)=
-    (?P<value>True|False|None|\.\.\.|"[^"\n]*"|-?\d+(?:\.\d+)?|\([^()\n]*\)|\[[^\[\]\n]*\]|\{[^{}\n]*\})
+    (?P<value>True|False|None|\.\.\.|"[^"\n]*"|'[^'\n]*'|-?\d+(?:\.\d+)?|\([^()\n]*\)|\[[^\[\]\n]*\]|\{[^{}\n]*\})
     (?=[,;:.!?)`'"]*(?:\s|$))""",
     re.VERBOSE,
 )
@@ -24,11 +24,11 @@ def remember_command(ctx: click.Context, command: click.Command) -> None:
     ctx.meta[_RUNNING] = command
 
 
-def in_options(text: str, ctx: click.Context | None = None) -> str:
+def in_options(text: str) -> str:
     """Return `text` with each argument of the running command written as its option.
 
-    `ctx` is any context of the run; the current one when left out. Without a running command the text stays."""
-    ctx = ctx or click.get_current_context(silent=True)
+    Without a running command the text stays."""
+    ctx = click.get_current_context(silent=True)
     command = ctx.meta.get(_RUNNING) if ctx else None
     return as_options(text, command) if command else text
 
@@ -62,12 +62,9 @@ def as_options(text: str, command: click.Command) -> str:
 def _options_by_name(command: click.Command) -> dict[str, click.Option]:
     """The options of `command` by the names of their arguments, and by their own long names."""
     options = [param for param in command.params if isinstance(param, click.Option)]
-    named = {_argument_name(name): option for option in options for name in option.opts if name.startswith("--")}
+    flags = {name: option for option in options for name in option.opts if name.startswith("--")}
+    named = {name.removeprefix("--").replace("-", "_"): option for name, option in flags.items()}
     return {**named, **{option.name: option for option in options if option.name}}
-
-
-def _argument_name(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")
 
 
 def _spelled(options: dict[str, click.Option], name: str, value: Any) -> str | None:

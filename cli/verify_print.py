@@ -105,7 +105,7 @@ def _tolerated(report: "Report", stage: "Stage", tolerance: "StageTolerance") ->
 
 
 def _judged(report: "Report") -> str:
-    """How many forward passes were judged, on equal inputs, and the largest share of a tolerance that one takes."""
+    """The number of forward passes on equal inputs, and the largest share of a tolerance that one of them takes."""
     passes = [each for each in report.comparisons if each.kind in FORWARD]
     shares = [each.relative_l2 / each.tolerance for each in passes if each.tolerance]
     failed = sum(not each for each in passes)

@@ -114,7 +114,7 @@ def stacked(columns: Sequence[str], row: Sequence[str]) -> Iterator[str]:
 
 
 def cell_width(text: str) -> int:
-    """How many columns of a terminal `text` takes; East Asian characters take two, joined ones none."""
+    """The columns of a terminal that `text` takes; East Asian characters take two, joined ones none."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len

@@ -22,4 +22,4 @@ class _Ignored:
 
 
 ignored = _Ignored()
-"""The default of callbacks: what is said is not heard."""
+"""The default of callbacks, which does nothing."""

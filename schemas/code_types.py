@@ -61,7 +61,6 @@ PACKINGS: Mapping[int, Packing] = {
 }
 UPPER_FIRST: Packing = tuple(reversed(PACKINGS[4]))  # of ComfyUI and bitsandbytes
 
-
 _FLOAT = re.compile(r"FLOAT(\d)_E(\d)M(\d)FN(U?)(?:_SDNQ)?")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -77,8 +76,6 @@ def _float_names() -> list[str]:
     return names
 
 
-FLOAT_NAMES = tuple(_float_names())
-INTEGER_NAMES = (*(f"UINT{bits}" for bits in range(1, 9)), *(f"INT{bits}" for bits in range(2, 9)))
 # The values of bitsandbytes' types. Its files have these tables too, but its kernels do not read them.
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -92,7 +89,12 @@ TABLES: Mapping[str, tuple[float, ...]] = {
     "FP4_BNB": (*_FP4, *(-value for value in _FP4)),
     "NF4": _NF4,
 }
-NAMES = (*INTEGER_NAMES, *FLOAT_NAMES, *TABLES)
+NAMES = (
+    *(f"UINT{bits}" for bits in range(1, LARGEST + 1)),
+    *(f"INT{bits}" for bits in range(2, LARGEST + 1)),
+    *_float_names(),
+    *TABLES,
+)
 
 
 def packing_of(name: str) -> Packing:

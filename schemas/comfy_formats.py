@@ -4,6 +4,7 @@ A layer X has the codes in `X.weight`, factors in `X.weight_scale` and, in nvfp4
 `X.weight_scale_2`. Its format is named in the header's metadata, in the JSON of the tensor `X.comfy_quant`, or in
 both."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from .dtypes import FLOATS
 METADATA = "_quantization_metadata"
 WEIGHT, QUANT = ".weight", ".comfy_quant"
 SCALE, OVERALL = ".weight_scale", ".weight_scale_2"
+TILE = (128, 4)  # rows and columns of a tile, in which cuBLAS keeps the factors of mxfp8 and nvfp4
 
 
 class ComfyFormat(NamedTuple):
@@ -44,3 +46,8 @@ CHOICES: Mapping[str, str] = {
     "MXFP8": "mxfp8",
     "NVFP4": "nvfp4",
 }
+
+
+def tiled_size(rows: int, columns: int) -> int:
+    """Return how many factors are stored for `rows` of `columns` factors each, in whole tiles."""
+    return math.prod(-(-size // step) * step for size, step in zip((rows, columns), TILE, strict=True))

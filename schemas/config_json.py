@@ -120,11 +120,10 @@ def from_json(stage: Stage, values: Mapping[str, Any], shapes: Mapping[str, Shap
     for name, size in BACKBONE.items():
         if len(getattr(config, name, size)) != len(size):
             raise LayoutError(f"config of the {stage}: {name} {values[name]}: expected {len(size)} numbers")
-    match config:
-        case UNetConfig():
-            return _checked_unet(config, stage)
-        case ControlNetConfig():
-            return _checked_controlnet(config, stage)
+    if isinstance(config, UNetConfig):
+        _check_unet(config, stage)
+    if isinstance(config, ControlNetConfig):
+        _check_controlnet(config, stage)
     return config
 
 
@@ -147,7 +146,7 @@ def _tower_values(stage: Stage, whole: Mapping[str, Any], shapes: Mapping[str, S
 def _validated(stage: Stage, cls: type[NetworkConfig], values: Mapping[str, Any]) -> NetworkConfig:
     """The config of `values`. Raises LayoutError for values of a wrong type.
 
-    pydantic takes 0.1 s to import; it is asked about values alone that are not of the very types that are declared."""
+    pydantic takes 0.1 s to import. It is asked only when a value is not exactly of the type that is declared."""
     hints = get_type_hints(cls)
     try:
         return cls(**{name: _exact(hints[name], value) for name, value in values.items()})
@@ -200,7 +199,7 @@ def _check_numbers(config: NetworkConfig) -> None:
                 raise LayoutError(f"config of the {config.stage}: {field.name}: expected a number, found {number}")
 
 
-def _checked_unet(config: UNetConfig, stage: Stage) -> UNetConfig:
+def _check_unet(config: UNetConfig, stage: Stage) -> None:
     if config.stage is not stage:
         raise LayoutError(f"config of the {stage}: it describes a {config.stage} (by its effnet_in_channels)")
     if config.switch_level is not None and any(config.switch_level):
@@ -220,13 +219,11 @@ def _checked_unet(config: UNetConfig, stage: Stage) -> UNetConfig:
         raise LayoutError(
             f"config of the {stage}: num_attention_heads do not divide the channels of level {headless[0]}"
         )
-    return config
 
 
-def _checked_controlnet(config: ControlNetConfig, stage: Stage) -> ControlNetConfig:
+def _check_controlnet(config: ControlNetConfig, stage: Stage) -> None:
     if config.stage is not stage:
         raise LayoutError(f"config of the {stage}: it describes a {config.stage} (by its c_in and bottleneck_mode)")
     blocks = config.proj_blocks
     if not blocks or len({*blocks}) < len(blocks):
         raise LayoutError(f"config of the {stage}: proj_blocks must be the numbers of different blocks, found {blocks}")
-    return config

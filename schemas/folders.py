@@ -133,6 +133,7 @@ def parse_size(text: str) -> int:
 
     Raises ValueError for any other text."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    size = int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]) if match else 0
+    if not size:
         raise ValueError(f"{text!r}: expected a size such as 10GB or 500MB")
-    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
+    return size

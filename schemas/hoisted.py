@@ -1,8 +1,8 @@
 """Ports of the two graphs of a prior or decoder whose conditioning is computed once instead of in every step.
 
-The *conditioning* graph runs once for an image. It computes the keys and values of every attention block from text and
-images, and the factors and summands of every timestep block from the whole schedule. The *step* graph takes these as
-inputs and runs once for a step.
+The *conditioning* graph runs once for an image. From text and images it computes the keys and values of every attention
+block. From the whole schedule it computes the factors and summands of every timestep block. The *step* graph takes
+these as inputs and runs once for a step.
 """
 
 from .ports import Port, StagePorts, ports_of, stage_ports

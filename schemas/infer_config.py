@@ -63,8 +63,9 @@ class _Shapes:
             raise LayoutError(f"{name}: expected a positive size on axis {axis}, found shape {list(shape)}")
         return shape[axis]
 
-    def optional_size(self, name: str, axis: int) -> int | None:
-        return self.size(name, axis) if name in self.shapes else None
+    def inputs(self, name: str) -> int | None:
+        """The number of channels that a layer takes; None when the network does not have the layer."""
+        return self.size(name, 1) if name in self.shapes else None
 
     def count(self, template: str) -> int:
         """Return one more than the largest number at `#` in any tensor name; 0 when no name matches."""
@@ -103,11 +104,11 @@ def _unet(stage: Stage, shapes: _Shapes) -> UNetConfig:
         down_blocks_repeat_mappers=tuple(shapes.count(f"down_repeat_mappers.{i}.#.") + 1 for i in range(levels)),
         up_blocks_repeat_mappers=tuple(shapes.count(f"up_repeat_mappers.{i}.#.") + 1 for i in range(levels)),
         block_types_per_layer=kinds,
-        clip_text_in_channels=shapes.optional_size("clip_txt_mapper.weight", 1),
+        clip_text_in_channels=shapes.inputs("clip_txt_mapper.weight"),
         clip_text_pooled_in_channels=shapes.size("clip_txt_pooled_mapper.weight", 1),
-        clip_image_in_channels=shapes.optional_size("clip_img_mapper.weight", 1),
-        effnet_in_channels=shapes.optional_size("effnet_mapper.0.weight", 1),
-        pixel_mapper_in_channels=shapes.optional_size("pixels_mapper.0.weight", 1),
+        clip_image_in_channels=shapes.inputs("clip_img_mapper.weight"),
+        effnet_in_channels=shapes.inputs("effnet_mapper.0.weight"),
+        pixel_mapper_in_channels=shapes.inputs("pixels_mapper.0.weight"),
         dropout=tuple(0.1 if a else 0 for a in attention),
         switch_level=switch,
         timestep_conditioning_type=tuple(c for c in mappers if f"{first_mapper}_{c}.weight" in shapes.shapes),

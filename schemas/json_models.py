@@ -1,5 +1,6 @@
 """The base and the common fields of the pydantic models that are written as JSON."""
 
+import json
 import math
 from typing import Annotated, Any
 
@@ -48,6 +49,15 @@ class LoraEntry(FrozenModel):
     fingerprint: Sha256
     strength: Finite
     text_encoder_strength: Finite
+
+
+def schema_text(model: type[BaseModel]) -> str:
+    """The JSON schema of what a model writes, as JSON text."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **model.model_json_schema(mode="serialization"),
+    }
+    return json.dumps(schema, indent=2) + "\n"
 
 
 def finite(value: Any) -> Any:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 from .errors import LayoutError
 from .tensors import Shape
@@ -37,126 +36,81 @@ class MappedTensor:
 GroupShapes = Mapping[str, Shape]  # the shapes of the source tensors that one application of a rule takes, by full name
 
 
-class Rule(Protocol):
-    """Turns the tensors matching `sources` into those named by `targets`; "{}" stands for a common prefix."""
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
-    @property
-    def targets(self) -> tuple[str, ...]: ...
-    @property
-    def inverse(self) -> "Rule": ...
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]: ...
-
-
 @dataclass(frozen=True)
-class Rename:
-    """The tensor `source` is called `target` in the other layout."""
+class Rule:
+    """Turns the tensors named `sources` into those named `targets`; "{}" stands for a common prefix.
 
-    source: str
-    target: str
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    @property
-    def inverse(self) -> "Rename":
-        return Rename(self.target, self.source)
-
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
-        return {targets[0]: MappedTensor(shapes[sources[0]], (Rows(sources[0]),))}
-
-
-@dataclass(frozen=True)
-class SplitRows:
-    """The tensor `source` is cut along its first axis into equal parts, one for each name in `targets`."""
-
-    source: str
-    targets: tuple[str, ...]
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    @property
-    def inverse(self) -> "JoinRows":
-        return JoinRows(self.targets, self.source)
-
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
-        shape = shapes[sources[0]]
-        if not shape or not shape[0] or shape[0] % len(targets):
-            raise LayoutError(f"{sources[0]}: shape {list(shape)} cannot be cut into {len(targets)} equal parts")
-        rows = shape[0] // len(targets)
-        return {
-            target: MappedTensor((rows, *shape[1:]), (Rows(sources[0], i * rows, (i + 1) * rows),))
-            for i, target in enumerate(targets)
-        }
-
-
-@dataclass(frozen=True)
-class JoinRows:
-    """The tensors `sources` are stacked along their first axis into `target`."""
+    | sources | targets | the rule |
+    |---|---|---|
+    | 1 | 1 | renames the tensor; when `transposed`, a matrix whose two axes are exchanged |
+    | 1 | more | cuts the tensor along its first axis into equal parts |
+    | more | 1 | stacks the tensors along their first axis |
+    | 1 | 0 | drops the tensor, which the target layout does not need; the inverse drops the same tensor |
+    """
 
     sources: tuple[str, ...]
-    target: str
+    targets: tuple[str, ...]
+    transposed: bool = False
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    @property
-    def inverse(self) -> SplitRows:
-        return SplitRows(self.target, self.sources)
+    def inverse(self) -> "Rule":
+        return Rule(self.targets, self.sources, self.transposed) if self.targets else self
 
     def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
-        missing = [name for name in sources if name not in shapes]
-        if missing:
-            raise LayoutError(f"{targets[0]} needs {', '.join(missing)}, which is missing")
-        shape = shapes[sources[0]]
-        for name in sources:
-            if shapes[name] != shape:
-                raise LayoutError(f"{name}: expected shape {list(shape)} as {sources[0]}, found {list(shapes[name])}")
-        parts = tuple(Rows(name) for name in sources)
-        return {targets[0]: MappedTensor((shape[0] * len(sources), *shape[1:]), parts)}
+        """Return the tensors `targets`, made of the tensors `sources`; both are the rule's names with their prefix."""
+        if len(sources) > 1:
+            return {targets[0]: _stacked(sources, targets[0], shapes)}
+        name, shape = sources[0], shapes[sources[0]]
+        if self.transposed:
+            if len(shape) != 2:
+                raise LayoutError(f"{name}: expected a matrix, found shape {list(shape)}")
+            return {targets[0]: MappedTensor(shape[::-1], (Rows(name, transposed=True),))}
+        return _parts(name, targets, shape) if len(targets) > 1 else {new: _whole(name, shape) for new in targets}
 
 
-@dataclass(frozen=True)
-class Transpose(Rename):
+def rename(source: str, target: str) -> Rule:
+    """The tensor `source` is called `target` in the other layout."""
+    return Rule((source,), (target,))
+
+
+def cut(source: str, *targets: str) -> Rule:
+    """The tensor `source` is cut along its first axis into equal parts, which have the names `targets`."""
+    return Rule((source,), targets)
+
+
+def transpose(source: str, target: str) -> Rule:
     """The matrix `source` is called `target` in the other layout, where its two axes are exchanged."""
-
-    @property
-    def inverse(self) -> "Transpose":
-        return Transpose(self.target, self.source)
-
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
-        shape = shapes[sources[0]]
-        if len(shape) != 2:
-            raise LayoutError(f"{sources[0]}: expected a matrix, found shape {list(shape)}")
-        return {targets[0]: MappedTensor(shape[::-1], (Rows(sources[0], transposed=True),))}
+    return Rule((source,), (target,), transposed=True)
 
 
-@dataclass(frozen=True)
-class Drop:
-    """The target layout does not need the tensor `source`. The inverse rule drops the same tensor."""
+def drop(source: str) -> Rule:
+    """The other layout does not need the tensor `source`."""
+    return Rule((source,), ())
 
-    source: str
-    targets: tuple[str, ...] = ()
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
+def _whole(name: str, shape: Shape) -> MappedTensor:
+    return MappedTensor(shape, (Rows(name),))
 
-    @property
-    def inverse(self) -> "Drop":
-        return self
 
-    def apply(self, sources: Sequence[str], targets: Sequence[str], shapes: GroupShapes) -> dict[str, MappedTensor]:
-        return {}
+def _parts(name: str, targets: Sequence[str], shape: Shape) -> dict[str, MappedTensor]:
+    if not shape or not shape[0] or shape[0] % len(targets):
+        raise LayoutError(f"{name}: shape {list(shape)} cannot be cut into {len(targets)} equal parts")
+    rows = shape[0] // len(targets)
+    return {
+        target: MappedTensor((rows, *shape[1:]), (Rows(name, i * rows, (i + 1) * rows),))
+        for i, target in enumerate(targets)
+    }
+
+
+def _stacked(sources: Sequence[str], target: str, shapes: GroupShapes) -> MappedTensor:
+    missing = [name for name in sources if name not in shapes]
+    if missing:
+        raise LayoutError(f"{target} needs {', '.join(missing)}, which is missing")
+    shape = shapes[sources[0]]
+    for name in sources:
+        if shapes[name] != shape:
+            raise LayoutError(f"{name}: expected shape {list(shape)} as {sources[0]}, found {list(shapes[name])}")
+    return MappedTensor((shape[0] * len(sources), *shape[1:]), tuple(Rows(name) for name in sources))
 
 
 @dataclass(frozen=True)
@@ -198,7 +152,7 @@ class KeyMap:
                 sources = _fill(rule.sources, prefix)
                 group = {source: shapes[source] for source in sources if source in shapes}
                 return group, rule.apply(sources, _fill(rule.targets, prefix), group)
-        return {name: shapes[name]}, {name: MappedTensor(shapes[name], (Rows(name),))}
+        return {name: shapes[name]}, {name: _whole(name, shapes[name])}
 
 
 def _pattern(template: str) -> re.Pattern[str]:

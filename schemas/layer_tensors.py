@@ -58,16 +58,8 @@ class InvertedResidual:
 
 # EfficientNetV2-S as in torchvision's ``efficientnet_v2_s().features``, which is Table 4 of arXiv:2104.00298: a stem,
 # rows of blocks, and a 1x1 convolution. SiLU everywhere. Narrower backbones have other widths and fewer blocks.
-EFFICIENTNET_WIDTHS = (
-    24,
-    24,
-    48,
-    64,
-    128,
-    160,
-    256,
-    1280,
-)  # channels of the stem, of each row, of the last convolution
+# Channels of the stem, of each row, and of the last convolution.
+EFFICIENTNET_WIDTHS = (24, 24, 48, 64, 128, 160, 256, 1280)
 EFFICIENTNET_BLOCKS = (2, 4, 4, 6, 9, 15)  # of each row
 EFFICIENTNET_EPSILON = 1e-3  # of every BatchNorm in it
 # Each row: whether its blocks are fused, their expansion, and the stride of the first.

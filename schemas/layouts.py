@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import islice
 
-from .keymap import Drop, KeyMap, Rename, SplitRows, Transpose
+from .keymap import KeyMap, cut, drop, rename, transpose
 from .stages import CONTROLNETS, Stage
 from .tensors import Shape
 
@@ -25,47 +25,39 @@ FOLDERS = (Layout.DIFFUSERS, Layout.MODULAR)  # the layouts of one folder per co
 
 # Attention of stage B and C: torch's MultiheadAttention holds q, k, v as the rows of one matrix.
 _ATTENTION = (
-    SplitRows(
-        "{}.attention.attn.in_proj_weight",
-        ("{}.attention.to_q.weight", "{}.attention.to_k.weight", "{}.attention.to_v.weight"),
+    *(
+        cut(
+            f"{{}}.attention.attn.in_proj_{kind}",
+            *(f"{{}}.attention.{part}.{kind}" for part in ("to_q", "to_k", "to_v")),
+        )
+        for kind in ("weight", "bias")
     ),
-    SplitRows(
-        "{}.attention.attn.in_proj_bias",
-        ("{}.attention.to_q.bias", "{}.attention.to_k.bias", "{}.attention.to_v.bias"),
-    ),
-    Rename("{}.attention.attn.out_proj.weight", "{}.attention.to_out.0.weight"),
-    Rename("{}.attention.attn.out_proj.bias", "{}.attention.to_out.0.bias"),
+    *(rename(f"{{}}.attention.attn.out_proj.{kind}", f"{{}}.attention.to_out.0.{kind}") for kind in ("weight", "bias")),
 )
-
 _SPLIT_ATTENTION = tuple(
-    Rename(f"{{}}.attention.attn.{split}.{kind}", f"{{}}.attention.{diffusers}.{kind}")
+    rename(f"{{}}.attention.attn.{split}.{kind}", f"{{}}.attention.{diffusers}.{kind}")
     for split, diffusers in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("out_proj", "to_out.0"))
     for kind in ("weight", "bias")
 )
-_CLIP_MAPPER = (
-    Rename("clip_mapper.weight", "clip_txt_pooled_mapper.weight"),
-    Rename("clip_mapper.bias", "clip_txt_pooled_mapper.bias"),
-)
+_CLIP_MAPPER = tuple(rename(f"clip_mapper.{kind}", f"clip_txt_pooled_mapper.{kind}") for kind in ("weight", "bias"))
 
 # Original -> diffusers. The encoders have their Hugging Face names in both layouts. Files of 2022 also hold
 # position_ids, a constant that transformers no longer saves.
 ORIGINAL_TO_DIFFUSERS: Mapping[Stage, KeyMap] = {
     Stage.PRIOR: KeyMap(_ATTENTION),
     Stage.DECODER: KeyMap((*_ATTENTION, *_CLIP_MAPPER)),
-    Stage.VQGAN: KeyMap((Rename("vquantizer.codebook.weight", "vquantizer.embedding.weight"),)),
+    Stage.VQGAN: KeyMap((rename("vquantizer.codebook.weight", "vquantizer.embedding.weight"),)),
     Stage.TEXT_ENCODER: KeyMap(
         (
-            Drop("text_model.embeddings.position_ids"),
-            Drop("logit_scale"),
-            Rename(
-                "text_projection.weight", "text_projection.weight"
-            ),  # before the next rule, so that this name is written
-            Transpose("text_projection", "text_projection.weight"),  # older ComfyUI's CLIPSave
+            drop("text_model.embeddings.position_ids"),
+            drop("logit_scale"),
+            rename("text_projection.weight", "text_projection.weight"),  # comes first, so that this name is written
+            transpose("text_projection", "text_projection.weight"),  # older ComfyUI's CLIPSave
         )
     ),
-    Stage.IMAGE_ENCODER: KeyMap((Drop("vision_model.embeddings.position_ids"), Drop("logit_scale"))),
+    Stage.IMAGE_ENCODER: KeyMap((drop("vision_model.embeddings.position_ids"), drop("logit_scale"))),
     # The mean and deviation of ImageNet, which newer versions of ComfyUI save too.
-    Stage.EFFNET_ENCODER: KeyMap((Drop("mean"), Drop("std"))),
+    Stage.EFFNET_ENCODER: KeyMap((drop("mean"), drop("std"))),
     **dict.fromkeys((Stage.PREVIEWER, *CONTROLNETS), KeyMap()),  # one spelling
 }
 
@@ -81,11 +73,11 @@ _DIFFERENCES: Mapping[Layout, Mapping[Stage, KeyMap]] = {
     Layout.COMFYUI: {
         Stage.TEXT_ENCODER: KeyMap(
             (
-                Drop("transformer.text_model.embeddings.position_ids"),
-                Drop("logit_scale"),
-                Rename("transformer.text_projection.weight", "text_projection.weight"),
-                Transpose("text_projection", "text_projection.weight"),
-                Rename("transformer.{}", "{}"),
+                drop("transformer.text_model.embeddings.position_ids"),
+                drop("logit_scale"),
+                rename("transformer.text_projection.weight", "text_projection.weight"),
+                transpose("text_projection", "text_projection.weight"),
+                rename("transformer.{}", "{}"),
             )
         ),
     },

@@ -25,7 +25,7 @@ from .json_models import (
 from .json_text import load_object
 from .layouts import Layout
 from .limits import MAX_FILE_BYTES, VQGAN_SCALES
-from .messages import wrong_fields
+from .messages import shown, wrong_fields
 from .paths import PlainName, RelativePath
 from .plan_entries import PARKED, PlanEntry, PlanSource
 from .precision import Precision, Target
@@ -35,6 +35,8 @@ from .stages import Stage, Variant
 MAIN_GRAPH = "model"  # the graph every stage has
 ENCODER_GRAPH = "encoder"  # the second graph of a vqgan: from images to latents
 VERSION = 2
+
+PORT_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")  # numpy's names; graphs have no other ports
 
 Placement = Literal["copy", "link", "reflink"]
 
@@ -82,13 +84,22 @@ class PortEntry(FrozenModel):
     dims: tuple[Dimension | str, ...]
 
 
+def _typed(port: PortEntry) -> PortEntry:
+    if port.dtype not in PORT_DTYPES:
+        raise ValueError(f"expected a dtype among {', '.join(PORT_DTYPES)}, found {shown(port.dtype)}")
+    return port
+
+
+TypedPort = Annotated[PortEntry, AfterValidator(_typed)]
+
+
 class GraphEntry(FrozenModel):
     """One graph of a stage: its ONNX file, its inputs and its outputs."""
 
     path: RelativePath
     opset: int = Field(ge=0, le=1000)
-    inputs: tuple[PortEntry, ...]
-    outputs: tuple[PortEntry, ...]
+    inputs: tuple[TypedPort, ...]
+    outputs: tuple[TypedPort, ...]
 
 
 class StageEntry(FrozenModel):
@@ -152,11 +163,6 @@ class StageEntry(FrozenModel):
     def outputs(self) -> tuple[PortEntry, ...]:
         """Outputs of the graph "model"."""
         return self.graphs[MAIN_GRAPH].outputs
-
-    @property
-    def opset(self) -> int:
-        """Opset of the graph "model"."""
-        return self.graphs[MAIN_GRAPH].opset
 
     @property
     def graph_paths(self) -> frozenset[str]:

@@ -1,6 +1,6 @@
-"""How much arithmetic a network does: the multiply-adds of its matrix products, convolutions and attention.
+"""Counts the arithmetic of a network: the multiply-adds of its matrix products, convolutions and attention.
 
-Norms, activations and everything else that is done once per value is not counted; it is well below a hundredth.
+Norms, activations and everything else that is done once per value are not counted; they are well below a hundredth.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The passport of an output: what it was made of, by whom, and a digest that shows a changed byte.
+"""The passport of an output: its sources, the program that made it, and a digest that shows a changed byte.
 
 | output | place of the passport |
 |---|---|
@@ -8,8 +8,8 @@
 | model folder | `model_index.json` or `modular_model_index.json`, under FOLDER_KEY |
 | bundle | `cascade.json`, which has the same facts in fields of its own |
 
-A passport has no time, no path and no name of a user, so the same sources make the same bytes. It is no signature: who
-changes a file can write a new passport for it.
+A passport has no time, no path and no name of a user, so the same sources make the same bytes. It is no signature:
+anybody who changes a file can write a new passport for it.
 """
 
 import json
@@ -92,9 +92,3 @@ def of_generations(passport: Passport, count: int = GENERATIONS) -> Passport:
         for each in passport.sources
     )
     return passport.model_copy(update={"sources": tuple(kept)})
-
-
-def passport_schema() -> str:
-    """The JSON schema of a passport, as JSON text."""
-    schema: dict[str, Any] = Passport.model_json_schema(mode="serialization")
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"

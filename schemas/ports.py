@@ -57,21 +57,34 @@ def ports_of(config: NetworkConfig) -> StagePorts:
     """Ports of the stage that `config` describes, with the names of diffusers' arguments.
 
     The vqgan's ports belong to its decoder half; ``vqgan_encoder_ports`` has those of the other half."""
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
     match config:
         case UNetConfig():
             return _prior(config) if config.stage is Stage.PRIOR else _decoder(config)
         case VQGANConfig():
-            return _vqgan(config)
+            inputs = (_floats("latents", config.latent_channels, "height", "width"),)
+            factor = config.compression
+            outputs = (_floats("images", config.out_channels, f"{factor}*height", f"{factor}*width"),)
         case TextEncoderConfig():
-            return _text_encoder(config)
+            length = config.max_position_embeddings
+            inputs = tuple(Port(name, "int64", ("batch", length)) for name in ("input_ids", "attention_mask"))
+            outputs = (
+                _floats("prompt_embeds", length, config.hidden_size),
+                _floats("pooled", 1, config.projection_dim),
+            )
         case ImageEncoderConfig():
-            return _image_encoder(config)
+            inputs = (_floats("pixel_values", config.num_channels, config.image_size, config.image_size),)
+            outputs = (_floats("image_embeds", config.projection_dim),)
         case EffnetEncoderConfig():
-            return _effnet_encoder(config)
+            inputs = (_floats("pixels", 3, "height", "width"),)
+            outputs = (_floats("effnet", config.c_latent, "(height+31)//32", "(width+31)//32"),)
         case PreviewerConfig():
-            return _previewer(config)
+            inputs = (_floats("latents", config.c_in, "height", "width"),)
+            outputs = (_floats("images", config.c_out, "8*height", "8*width"),)
         case ControlNetConfig():
             return _controlnet(config)
+    return stage_ports(inputs, outputs)
 
 
 def _floats(name: str, *dims: int | str) -> Port:
@@ -107,14 +120,6 @@ def _decoder(config: UNetConfig) -> StagePorts:
     )
 
 
-def _vqgan(config: VQGANConfig) -> StagePorts:
-    factor = config.compression
-    return stage_ports(
-        (_floats("latents", config.latent_channels, "height", "width"),),
-        (_floats("images", config.out_channels, f"{factor}*height", f"{factor}*width"),),
-    )
-
-
 def vqgan_encoder_ports(config: VQGANConfig) -> StagePorts:
     """Ports of the vqgan's encoder half: images in 0..1 to unscaled latents. Both halves share their weights' file."""
     factor = config.compression
@@ -123,34 +128,6 @@ def vqgan_encoder_ports(config: VQGANConfig) -> StagePorts:
         (_floats("images", config.in_channels, "height", "width"),),
         (_floats("latents", config.latent_channels, f"height//{factor}", f"width//{factor}"),),
         {"height": side, "width": side},
-    )
-
-
-def _text_encoder(config: TextEncoderConfig) -> StagePorts:
-    length = config.max_position_embeddings
-    return stage_ports(
-        (Port("input_ids", "int64", ("batch", length)), Port("attention_mask", "int64", ("batch", length))),
-        (_floats("prompt_embeds", length, config.hidden_size), _floats("pooled", 1, config.projection_dim)),
-    )
-
-
-def _image_encoder(config: ImageEncoderConfig) -> StagePorts:
-    side = config.image_size
-    return stage_ports(
-        (_floats("pixel_values", config.num_channels, side, side),), (_floats("image_embeds", config.projection_dim),)
-    )
-
-
-def _effnet_encoder(config: EffnetEncoderConfig) -> StagePorts:
-    return stage_ports(
-        (_floats("pixels", 3, "height", "width"),),
-        (_floats("effnet", config.c_latent, "(height+31)//32", "(width+31)//32"),),
-    )
-
-
-def _previewer(config: PreviewerConfig) -> StagePorts:
-    return stage_ports(
-        (_floats("latents", config.c_in, "height", "width"),), (_floats("images", config.c_out, "8*height", "8*width"),)
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .control import is_control
 from .errors import UsageError
+from .limits import MAX_SIDE
 from .manifest import PortEntry
 from .plan_entries import ImageSize, PortShapes, ProfileEntry
 from .sizes import latent_sizes
@@ -24,6 +25,9 @@ STEPS: Triple = (1, 20, 100)  # of a schedule, all embedded at once
 EFFNET_STRIDE = 32  # pixels of a side for each value of stage C's latents
 CONTROL_STRIDE = 32
 
+_TERM = re.compile(
+    r"(?P<name>\w+)(?:/(?P<divisor>[1-9]\d{0,3}))?"
+)  # a dim of an input, or a part of it as in "height/2"
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})(?:x(\d{1,9}))?")
 
 
@@ -59,8 +63,10 @@ class Bounds:
 def parse_image_size(text: str) -> ImageSize:
     """Read WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES, such as 1024x768x2. Raises UsageError for anything else."""
     found = _SIZE.fullmatch(text.strip().lower())
-    if not found or not all(int(number) for number in found.groups() if number):
-        raise UsageError(f"{text!r}: expected WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES, such as 1024x768x2")
+    if not found or not all(1 <= int(number) <= MAX_SIDE for number in found.groups() if number):
+        raise UsageError(
+            f"{text!r}: expected WIDTHxHEIGHT or WIDTHxHEIGHTxIMAGES, such as 1024x768x2, with numbers up to {MAX_SIDE}"
+        )
     return ImageSize(width=int(found[1]), height=int(found[2]), images=int(found[3] or 1))
 
 
@@ -94,12 +100,12 @@ def profile_for(config: NetworkConfig, graph: str, inputs: Iterable[PortEntry], 
 def _triple(dim: int | str, port: str, sizes: dict[str, Triple], config: NetworkConfig, bounds: Bounds) -> Triple:
     if isinstance(dim, int):
         return dim, dim, dim
-    if is_control(port) and dim.startswith(port):
+    if is_control(port) and dim in (f"{port}.height", f"{port}.width"):
         return _control(dim.rpartition(".")[2], bounds)
-    name, _, divisor = dim.partition("/")
-    if name not in sizes:
+    term = _TERM.fullmatch(dim)
+    if not term or term["name"] not in sizes:
         raise UsageError(f"{config.stage}: no range is known for the dim {dim!r} of its input {port}")
-    least, likeliest, largest = (size // int(divisor or 1) for size in sizes[name])
+    least, likeliest, largest = (size // int(term["divisor"] or 1) for size in sizes[term["name"]])
     return least, likeliest, largest
 
 

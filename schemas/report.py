@@ -1,6 +1,5 @@
 """The schema of `report.json`: every figure of a parity run, and the circumstances needed to repeat it."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -177,9 +176,3 @@ class ParityReport(FrozenModel):
     ranges: tuple[RangeEntry, ...] = ()
     left_out: tuple[Text, ...] = ()
     files: tuple[ComparedFile, ...]
-
-
-def report_schema() -> str:
-    """The JSON schema of report.json, as JSON text."""
-    schema: dict[str, Any] = ParityReport.model_json_schema(mode="serialization")
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"

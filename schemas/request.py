@@ -10,10 +10,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from .errors import UsageError
 from .json_models import FrozenModel
 from .limits import MAX_IMAGES, MAX_PICTURES, MAX_WEIGHT
-from .messages import LONG, wrong_fields
+from .messages import LONG, require_known, wrong_fields
 from .settings import SETTINGS, Settings, parse_settings
 
-CONTROL = re.compile(r"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>\d*\.?\d+))?")
+NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"  # has one way to match, so that long digits of a hostile text take no time
+CONTROL = re.compile(rf"(?P<name>[a-z_]+)=(?P<path>.+?)(?::(?P<strength>{NUMBER}))?")
 
 Strength = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
@@ -120,10 +121,11 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
     present = {name: value for name, value in given.items() if value not in (None, "") or name in texts}
     settings = parse_settings({name: present[name] for name in present.keys() & SETTINGS}, default_size)
     rest = {name: present[name] for name in present if name not in SETTINGS | INFORMATION}
+    require_known("request", rest, FIELDS)
     try:
         request = Request(settings=settings, **rest)
     except ValidationError as error:
-        raise UsageError(f"request: {wrong_fields(error, FIELDS)}") from error
+        raise UsageError(f"request: {wrong_fields(error)}") from error
     if request.index >= request.batch:
         raise UsageError(
             f"request: index {request.index} of a batch of {request.batch}: expected 0 to {request.batch - 1}"
@@ -134,8 +136,8 @@ def parse_request(given: Mapping[str, Any], default_size: tuple[int, int]) -> Re
 def understood(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Split flat values into the sound ones, as plain JSON values, and the names of the others.
 
-    Each value is checked by itself, so that the page can show the sound values of an image from a newer version or of
-    a manipulated one."""
+    Each value is checked by itself. So the page can show the sound values of an image from a newer version, or of a
+    manipulated one."""
     found: dict[str, Any] = {}
     others: list[str] = []
     for name, value in given.items():

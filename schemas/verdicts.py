@@ -1,6 +1,6 @@
 """Reads from a bundle's manifest whether its verification still holds."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import StrEnum
 
 from .manifest import Manifest, StageEntry, VerdictEntry
@@ -34,11 +34,9 @@ def files_of(entry: StageEntry) -> dict[str, str]:
     return {file.path: file.fingerprint for file in entry.files}
 
 
-def _of_stage(stage: Stage, entry: StageEntry, verdicts: Iterable[VerdictEntry], engine: str | None) -> Verdict:
-    latest = None
-    for verdict in verdicts:
-        if stage in verdict.stages and engine in (None, verdict.engine):
-            latest = verdict
+def _of_stage(stage: Stage, entry: StageEntry, verdicts: Sequence[VerdictEntry], engine: str | None) -> Verdict:
+    of_stage = (each for each in reversed(verdicts) if stage in each.stages and engine in (None, each.engine))
+    latest = next(of_stage, None)
     if latest is None:
         return Verdict.NEVER
     found = latest.stages[stage]

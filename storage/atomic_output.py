@@ -52,9 +52,9 @@ def staged_output(
         complete: The new folder has every file of the old one that is to stay; the caller holds a bundle's lock.
         say: Called with a line about replaced files.
 
-    Raises UsageError when `target` overlaps `sources`, when it would replace something without `force` or something
-    that cascadekit did not make, and when another process is writing it. Raises ConversionError when its folder cannot
-    be written."""
+    Raises UsageError when `target` overlaps `sources`, and when another process is writing it. The same goes for an
+    output that would replace something without `force`, or something that cascadekit did not make. Raises
+    ConversionError when its folder cannot be written."""
     place = locate(target)
     require_apart(place, sources)
     scratch = _scratch_for(place)

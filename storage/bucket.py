@@ -95,7 +95,7 @@ def on_disk(paths: Iterable[Path]) -> list[Path]:
 
 
 def _asked(path: BucketPath, call: Callable[[], Found]) -> Found:
-    """What the store answers to `call`. Its errors become CascadeError, except FileNotFoundError."""
+    """The store's answer to `call`. Its errors become CascadeError, except FileNotFoundError."""
     try:
         return call()
     except FileNotFoundError:

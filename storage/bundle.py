@@ -11,7 +11,6 @@ from ..schemas.manifest import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
-    Placement,
     StageEntry,
     parse_manifest,
     to_text,
@@ -24,11 +23,11 @@ from .file_hashes import find_change
 
 DAMAGED = "the bundle is damaged, export it again"
 PUT_BACK = "put it back, or export the model again"
-# By placement of the weights: a change to the model's files reaches into a bundle that shares them.
-SHARED: dict[Placement, str] = {
-    "link": "the model's file, which this is a hard link to, was changed in place; export it again, "
-    'with weights="copy" if the model is to go on changing',
-}
+# A change to the model's files reaches into a bundle with hard links to them.
+LINKED = (
+    "the model's file, which this is a hard link to, was changed in place; export it again, "
+    'with weights="copy" if the model is to go on changing'
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Bundle:
         """The advice for a user whose file of a stage differs from the manifest."""
         if not (self.root / file.path).exists():
             return PUT_BACK
-        return DAMAGED if file.path in entry.graph_paths else SHARED.get(entry.weights, DAMAGED)
+        return LINKED if entry.weights == "link" and file.path not in entry.graph_paths else DAMAGED
 
     @property
     def tokenizer(self) -> Path | None:

@@ -39,6 +39,6 @@ def _instead(root: Path) -> str:
 def locked_bundle(root: Path) -> AbstractContextManager[None]:
     """Wait for the lock of the bundle at `root` and hold it. Every process that changes the manifest takes this lock.
 
-    Who waits says so after a second, see `locked`. Nothing is locked on a file system without locks for folders, such
-    as some network drives. Raises UsageError when there is no bundle."""
+    A process that waits says so after a second, see `locked`. Nothing is locked on a file system without locks for
+    folders, such as some network drives. Raises UsageError when there is no bundle."""
     return locked(Path(os.path.realpath(root)), lambda: require_manifest(root), wait=True, output=root)

@@ -32,7 +32,7 @@ Scaling = np.float32 | NDArray[np.float32] | None  # one factor, or one for each
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000, "F8_E5M2": 0x7C}
 _NOT_FINITE = _INFINITY | {"F8_E4M3": 0x7F}  # the first bits without sign that are not finite; E4M3 has no infinity
 
-# Where rounding begins to give infinity: half a step above the target's largest value.
+# The size from which rounding gives infinity: half a step above the target's largest value.
 _LIMIT = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf, "F64": math.inf}
 
 _CHUNK = 1 << 18  # elements per step: the scratch space of a step stays in a core's cache

@@ -96,11 +96,6 @@ class _Work:
     scale: Factors | None
     target: int
 
-    @property
-    def keeps_bits(self) -> bool:
-        """True when the values are moved without a change."""
-        return self.placed.range.dtype == self.placed.dtype and self.scale is None
-
 
 def _cast_span(work: _Work, span: range) -> Done:
     """Cast the values whose numbers are in `span`, which begins and ends with a block."""
@@ -124,9 +119,10 @@ def _transpose_tile(work: _Work, rows: range, columns: range) -> Done:
     with source.path.open("rb", buffering=0) as file:
         start = source.offset + columns.start * line + rows.start * size
         data = read_lines(file, start, line, len(columns), len(rows) * size)
-    moved = Cast(np.frombuffer(data, np.uint8), 0, 0)
-    scale = None if work.scale is None else work.scale.of(range(0))
-    cast = moved if work.keeps_bits else cast_counted(data, source.dtype, dtype, scale)
+    if source.dtype == dtype and work.scale is None:  # the values are moved without a change
+        cast = Cast(np.frombuffer(data, np.uint8), 0, 0)
+    else:
+        cast = cast_counted(data, source.dtype, dtype, None if work.scale is None else work.scale.of(range(0)))
     bits = np.frombuffer(cast.values, f"<u{DTYPE_SIZES[dtype]}").reshape(len(columns), len(rows))
     at = work.placed.at + rows.start * width + columns.start * bits.itemsize
     write_lines(work.target, np.ascontiguousarray(bits.T), at, width)

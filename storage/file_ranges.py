@@ -53,7 +53,7 @@ def merged(ranges: Iterable[PlacedRange]) -> Iterator[CopiedRange]:
 
 
 def _nothing(at: int, nbytes: int) -> None:
-    """Where nobody follows what is written."""
+    """Does nothing: nobody follows the writing."""
 
 
 def copy_range(copied: CopiedRange, target: int, progress: Progress | None, wrote: Wrote = _nothing) -> None:

@@ -24,8 +24,7 @@ def unpack(data: Array, dtype: str) -> Floats:
     """Return the float32 values of whole blocks, given as bytes, as a flat array."""
     kind = BLOCK_TYPES[dtype]
     with np.errstate(all="ignore"):
-        values: Floats = _UNPACK[dtype](data.reshape(-1, kind.nbytes)).reshape(-1)
-    return values
+        return _UNPACK[dtype](data.reshape(-1, kind.nbytes)).reshape(-1)
 
 
 def pack(values: Floats, dtype: str) -> Array:
@@ -50,30 +49,26 @@ def _bytes(values: Array) -> Array:
 
 def _nibbles(data: Array, run: int) -> Array:
     """The lower halves of `run` bytes, then their upper halves, then the next bytes."""
-    runs: Array = data.reshape(len(data), -1, 1, run) >> np.array([[0], [4]], np.uint8)
-    low: Array = (runs & 15).reshape(len(data), -1)
-    return low
+    runs = data.reshape(len(data), -1, 1, run) >> np.array([[0], [4]], np.uint8)
+    return np.asarray((runs & 15).reshape(len(data), -1))
 
 
 def _bit_planes(data: Array, run: int, width: int) -> Array:
     """Fields of `width` bits: the lowest of `run` bytes, then the next of the same bytes, then those of the next."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    fields: Array = data.reshape(len(data), -1, 1, run) >> shifts
+    fields = data.reshape(len(data), -1, 1, run) >> shifts
     fields &= (1 << width) - 1
-    flat: Array = fields.reshape(len(data), -1)
-    return flat
+    return np.asarray(fields.reshape(len(data), -1))
 
 
 def _pack_nibbles(codes: Array, run: int) -> Array:
     pairs = codes.reshape(len(codes), -1, 2, run)
-    packed: Array = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
-    return packed
+    return np.asarray((pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1))
 
 
 def _pack_planes(fields: Array, run: int, width: int) -> Array:
     planes = fields.reshape(len(fields), -1, 8 // width, run) << np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    packed: Array = np.bitwise_or.reduce(planes, axis=2).reshape(len(fields), -1)
-    return packed
+    return np.asarray(np.bitwise_or.reduce(planes, axis=2).reshape(len(fields), -1))
 
 
 def _per_sub_block(scale: Floats, codes: Array) -> Floats:
@@ -111,16 +106,14 @@ def _unpack_q5_1(b: Array) -> Floats:
 
 
 def _unpack_iq4_nl(b: Array) -> Floats:
-    values: Floats = _half(b[:, :2]) * _IQ4[_nibbles(b[:, 2:], 16)]
-    return values
+    return np.asarray(_half(b[:, :2]) * _IQ4[_nibbles(b[:, 2:], 16)])
 
 
 def _unpack_iq4_xs(b: Array) -> Floats:
     high: Array = np.ascontiguousarray(b[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     low = np.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], axis=2).reshape(len(b), 8)
     scale = _half(b[:, :2]) * ((low | high.astype(np.uint8) << 4).astype(np.float32) - 32)
-    values: Floats = scale[:, :, None] * _IQ4[_nibbles(b[:, 8:], 16)].reshape(len(b), 8, 32)
-    return values
+    return np.asarray(scale[:, :, None] * _IQ4[_nibbles(b[:, 8:], 16)].reshape(len(b), 8, 32))
 
 
 def _unpack_q2_k(b: Array) -> Floats:

@@ -14,10 +14,11 @@ from typing import Any, BinaryIO, NamedTuple
 from ..schemas.block_types import BLOCK_TYPES, GGML_TYPES, PLAIN_TYPES, nbytes_of
 from ..schemas.errors import CheckpointError
 from ..schemas.limits import MAX_HEADER_BYTES, MAX_HEADER_ITEMS
+from ..schemas.messages import LONG
 from ..schemas.tensors import Shape
 from .open_file import opened
 from .safetensors_plan import TensorPlan
-from .safetensors_reader import Header, TensorRange
+from .safetensors_reader import Header, TensorRange, naturals
 
 MAGIC = b"GGUF"
 VERSION, VERSIONS = 3, (2, 3)
@@ -176,9 +177,10 @@ def _check_place(name: str, tensor: TensorRange, alignment: int, size: int) -> N
 
 
 def _reshaped(key: str, tensor: TensorRange, shape: Any) -> TensorRange:
-    if not isinstance(shape, list) or math.prod(shape) != math.prod(tensor.shape):
+    if not naturals(shape) or math.prod(shape) != math.prod(tensor.shape):
         raise CheckpointError(
-            f"{tensor.path}: {key} is {shape}, expected a shape of as many values as {list(tensor.shape)}; {AGAIN}"
+            f"{tensor.path}: {key} is {str(shape)[:LONG]}, expected a shape of as many values as "
+            f"{list(tensor.shape)}; {AGAIN}"
         )
     return TensorRange(tensor.path, tensor.dtype, tuple(shape), tensor.offset, tensor.nbytes)
 

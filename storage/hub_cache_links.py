@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory, gettempdir
 def without_links(graph: Path) -> Iterator[Path]:
     """A path of the same graph where neither the graph nor a file beside it is a link.
 
-    The path is in a temporary folder of hard links to the linked files. It is `graph` itself where there are no links,
-    and where no such folder can be made because every writable folder is on another file system."""
+    The path is in a temporary folder of hard links to the linked files. It is `graph` itself where there are no links.
+    The same goes where no such folder can be made, because every writable folder is on another file system."""
     beside = [path for path in graph.parent.iterdir() if path.is_file()]
     with ExitStack() as stack:
         yield next((path for home in _homes(beside) if (path := _gathered(beside, graph, home, stack))), graph)

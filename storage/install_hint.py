@@ -1,5 +1,5 @@
-"""Words the command that installs an extra, so that it works from where cascadekit itself came: a checkout, git, a
-wheel, or a package index."""
+"""Words the command that installs an extra from the place that cascadekit itself came from: a checkout, git, a wheel,
+or a package index."""
 
 import json
 import re

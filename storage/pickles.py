@@ -32,8 +32,8 @@ _NAMES = {dtype.torch: name for name, dtype in DTYPES.items() if dtype.torch}
 def read_pickle(path: Path) -> Header:
     """Return the tensors of a pickled checkpoint as byte ranges. Dots join the keys of nested dictionaries and lists.
 
-    Needs torch. Raises CheckpointError for anything but tensors and plain values, for files by torch before 1.6, beyond
-    the limits, and for tensors that are not stored as plain bytes."""
+    Needs torch. Raises CheckpointError for anything but tensors and plain values, and for tensors that are not stored
+    as plain bytes. The same goes for files by torch before 1.6, and for files beyond the limits."""
     try:
         import torch
     except ImportError as error:

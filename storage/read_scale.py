@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.block_types import SCALED_TYPES
+from ..schemas.comfy_formats import TILE
 from ..schemas.errors import ConversionError
-from ..schemas.scale_tiles import TILE
 from .cast import Cast, cast_block, cast_counted
 from .file_ranges import read_exactly
 from .safetensors_reader import Scale, TensorRange
@@ -49,21 +49,16 @@ class Factors:
             if self.minus is not None:
                 values = values - self._each(self.minus, span)
             if self.plus is not None:
-                values = self._sum(values, self._each(self.plus, span), span)
+                wide = values.astype(np.float64) * self.of(span) + self._each(self.plus, span)
+                values = np.asarray(wide, np.float32)  # rounded once, as CPUs and GPUs do it in one operation
             else:
                 values = values * self.of(span) * np.float32(self.scale.last)
             if self.scale.added:
                 values = values + np.float32(self.scale.added)
         if self.scale.rounded:
-            values = cast_block(cast_block(values.data, "F32", self.scale.rounded)[0].data, self.scale.rounded, "F32")[
-                0
-            ]
+            rounded, _ = cast_block(values.data, "F32", self.scale.rounded)
+            values, _ = cast_block(rounded.data, self.scale.rounded, "F32")
         return np.asarray(values, np.float32)
-
-    def _sum(self, values: Floats, plus: np.float32 | Floats, span: range) -> Floats:
-        """Values times factors plus `plus`, rounded once, as CPUs and GPUs do it in one operation."""
-        wide = values.astype(np.float64) * self.of(span) + plus
-        return np.asarray(wide, np.float32)
 
 
 def cast_scaled(data: bytes | memoryview, source: str, target: str, factors: Factors | None, span: range) -> Cast:

@@ -53,8 +53,8 @@ class Scale:
     all values. `first` is the number of the tensor's first value among those that `factors` are for. Factors may have
     a scale themselves.
 
-    `kind` names the format. `parts` has the tensors to copy with the weight where the format is kept, by what they add
-    to the layer's name, and `settings` is the JSON that describes the layer."""
+    `kind` names the format. `parts` has the tensors to copy with the weight where the format is kept, by the endings
+    that they add to the layer's name. `settings` is the JSON that describes the layer."""
 
     factors: "TensorRange"
     group: int = 0
@@ -89,8 +89,7 @@ class TensorRange:
     """A tensor's bytes: `nbytes` from `offset` in the file at `path`; dtype in safetensors' spelling (F32, BF16).
 
     When `transposed`, the file has the transpose of the matrix, of shape [shape[1], shape[0]]. With a `scale`, the
-    stored values are to be multiplied by its factors. Raises ConversionError when a tensor is
-    transposed that is not a matrix."""
+    stored values are to be multiplied by its factors."""
 
     path: Path
     dtype: str
@@ -100,18 +99,10 @@ class TensorRange:
     transposed: bool = False
     scale: Scale | None = None
 
-    def __post_init__(self) -> None:
-        if self.transposed and len(self.shape) != 2:
-            raise ConversionError(f"{self.path}: a transposed tensor must be a matrix, found shape {list(self.shape)}")
-
     def rows(self, start: int, stop: int, shape: Shape) -> "TensorRange":
-        """Return the bytes of rows `start:stop` along the first axis, as a tensor of `shape`.
+        """Return the bytes of rows `start:stop` along the first axis, as a tensor of `shape`; it is not transposed.
 
-        Raises ConversionError for a transposed matrix, whose rows are not contiguous."""
-        if self.transposed:
-            raise ConversionError(
-                f"{self.path}: the matrix at byte {self.offset} is stored transposed, so its rows are not contiguous"
-            )
+        Raises ConversionError where a block of values has parts of two rows."""
         row = self.nbytes // self.shape[0]
         kind = BLOCK_TYPES.get(self.dtype) or SCALED_TYPES.get(self.dtype)
         if kind and (self.nbytes % self.shape[0] or row % kind.nbytes):
@@ -224,9 +215,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRange:
     dtype, shape, offsets = (entry[field] for field in FIELDS)
     if not isinstance(dtype, str):
         raise ValueError(f"{name}: the dtype {dtype!r} is not a name")
-    if not _naturals(shape):
+    if not naturals(shape):
         raise ValueError(f"{name}: shape {shape!r} is not a list of sizes")
-    if not _naturals(offsets) or len(offsets) != 2:
+    if not naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{name}: data_offsets {offsets!r} are not two positions")
     start, stop = offsets
     known = DTYPES.get(dtype)
@@ -247,7 +238,8 @@ def _bits(name: str, shape: list[int], each: int) -> int:
     return values
 
 
-def _naturals(value: Any) -> bool:
+def naturals(value: Any) -> bool:
+    """True for a list of whole numbers, none of them negative."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

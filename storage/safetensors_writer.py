@@ -8,10 +8,9 @@ import errno
 import json
 import os
 import struct
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from ..schemas.dtypes import FLOATS, FP8
 from ..schemas.errors import ConversionError
 from ..schemas.messages import listed
 from ..schemas.tensors import Shape
-from .atomic_file import room_advice
 from .content_digest import EMPTY, PieceDigests
 from .file_ranges import copy_range, merged, write_all, write_lines
 from .gguf_file import encode_gguf
@@ -70,18 +68,16 @@ def write_safetensors(
     _check_castable(tensors)
     with new_safetensors(path, tensors, metadata) as out:
         counts = _fill(out, tensors, progress)
-    if counts.overflows and not allow_overflow:
-        raise ConversionError(_overflow_message(path, tensors, counts.overflows, overflow_advice))
-    return counts
+    return counts if allow_overflow else _finite(counts, path, tensors, overflow_advice)
 
 
 def write_gguf(
     path: Path,
     tensors: Mapping[str, TensorPlan],
     metadata: Mapping[str, str | int],
-    progress: Progress | None = None,
+    progress: Progress | None,
     *,
-    allow_overflow: bool = False,
+    allow_overflow: bool,
 ) -> Counts:
     """Write a GGUF file from plans, as `write_safetensors` does. Numbers of the metadata are written as uint32."""
     _check_castable(tensors)
@@ -89,9 +85,7 @@ def write_gguf(
     end = max((places[name] + plan.nbytes for name, plan in tensors.items()), default=len(header))
     with _new_file(path, header, places, end) as out:
         counts = _fill(out, tensors, progress)
-    if counts.overflows and not allow_overflow:
-        raise ConversionError(_overflow_message(path, tensors, counts.overflows, ""))
-    return counts
+    return counts if allow_overflow else _finite(counts, path, tensors)
 
 
 def _fill(out: "NewSafetensors", tensors: Mapping[str, TensorPlan], progress: Progress | None) -> Counts:
@@ -100,17 +94,13 @@ def _fill(out: "NewSafetensors", tensors: Mapping[str, TensorPlan], progress: Pr
     from_files = [each for each in ranges if isinstance(each, PlacedRange)]
     for copied in merged(from_files):
         copy_range(copied, out.file, progress, out.wrote)
-    counts = _cast([each for each in from_files if each.computed], out, progress)
+    counts = Counts()
+    if any(each.computed for each in from_files):
+        from .cast_ranges import cast_placed  # imports numpy
+
+        counts = cast_placed(from_files, out.file, progress, out.wrote)
     _calculate([each for each in ranges if isinstance(each, PlacedCalculatedRange)], out, progress)
     return counts
-
-
-def _cast(ranges: Sequence[PlacedRange], out: "NewSafetensors", progress: Progress | None) -> Counts:
-    if not ranges:
-        return Counts()
-    from .cast_ranges import cast_placed  # imports numpy
-
-    return cast_placed(ranges, out.file, progress, out.wrote)
 
 
 @dataclass(frozen=True)
@@ -163,17 +153,14 @@ def _new_file(path: Path, header: bytes, places: Mapping[str, int], end: int) ->
             out.truncate(end)  # so that zeros need not be written, where nothing could be reserved
             out.write(header)
             out.flush()
-            with _flushing(out.fileno()), _hashing(out.fileno(), header, end) as pieces:
+            hashing = PieceDigests(out.fileno(), len(header), end) if EMPTY in header else nullcontext()
+            with _flushing(out.fileno()), hashing as pieces:
                 yield NewSafetensors(path, out.fileno(), places, pieces)
                 if pieces:
                     pieces.fill_in()
             os.fsync(out.fileno())
     except OSError as error:
         raise ConversionError(what_failed(path, end, error)) from error
-
-
-def _hashing(file: int, header: bytes, end: int) -> AbstractContextManager[PieceDigests | None]:
-    return PieceDigests(file, len(header), end) if EMPTY in header else nullcontext()
 
 
 def encode_header(tensors: Mapping[str, DescribedTensor], metadata: Mapping[str, str]) -> bytes:
@@ -264,15 +251,19 @@ def what_failed(path: Path, total: int, error: OSError) -> str:
     """Return the message for an error while `total` bytes were to be written to `path`."""
     if error.filename not in (None, str(path)):
         return f"{error.filename}: cannot be read: {error.strerror}"
-    return f"{path}: cannot be written ({total} bytes needed): {error.strerror}{room_advice(error)}"
+    return f"{path}: cannot be written ({total} bytes needed): {error.strerror}"
 
 
-def _overflow_message(path: Path, tensors: Mapping[str, TensorPlan], overflows: Counter[str], advice: str) -> str:
+def _finite(counts: Counts, path: Path, tensors: Mapping[str, TensorPlan], advice: str = "") -> Counts:
+    """Return `counts`. Raises ConversionError when finite values became infinite."""
+    overflows = counts.overflows
+    if not overflows:
+        return counts
     worst = [f"{name} ({count} in {tensors[name].dtype})" for name, count in overflows.most_common()]
     dtypes = {tensors[name].dtype for name in overflows}
     wider = 'dtype="bf16", whose range is that of float32' if dtypes == {"F16"} else "a wider dtype"
     advice = advice or f"try {wider}, or keep the infinities with allow_overflow=True"
-    return f"{path.name}: {overflows.total()} finite values become infinite: {listed(worst)}; {advice}"
+    raise ConversionError(f"{path.name}: {overflows.total()} finite values become infinite: {listed(worst)}; {advice}")
 
 
 def reserve(target: int, total: int) -> None:

@@ -19,8 +19,7 @@ import numpy as np
 from ml_dtypes import float4_e2m1fn, float8_e4m3fn, float8_e5m2
 from numpy.typing import NDArray
 
-from ..schemas.comfy_formats import FORMATS
-from ..schemas.scale_tiles import TILE
+from ..schemas.comfy_formats import FORMATS, TILE
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -28,6 +27,13 @@ Floats = NDArray[np.float32]
 E4M3_MAX = np.float32(448)
 LEAST_INT8_FACTOR = np.float32(1e-30)
 _BIAS = 127  # of the exponents of mxfp8
+_DTYPES: Mapping[str, Any] = {
+    "float8_e4m3fn": float8_e4m3fn,
+    "float8_e5m2": float8_e5m2,
+    "int8_tensorwise": np.int8,
+    "mxfp8": float8_e4m3fn,
+    "nvfp4": float4_e2m1fn,
+}  # of codes
 _STEP = 1 << 16  # values at a time, so that the scratch space of a step stays in a core's cache
 
 
@@ -73,12 +79,22 @@ def tiled(factors: Array) -> Array:
 def codes(rows: Floats, kind: str, overall: np.float32) -> Array:
     """Return the codes of finite rows as bytes, (rows, bytes of a row)."""
     with np.errstate(all="ignore"):
-        return _in_steps(lambda part: _CODES[kind](part, overall), rows)
+        return _in_steps(lambda part: _codes(part, kind, overall), rows)
+
+
+def _codes(rows: Floats, kind: str, overall: np.float32) -> Array:
+    if kind == "int8_tensorwise":
+        return np.asarray(np.rint(rows / overall).clip(-128, 127).astype(np.int8).view(np.uint8))
+    scaled = _in_groups(rows, kind, overall) if FORMATS[kind].group else rows * (np.float32(1) / overall)
+    found = rounded(scaled, _DTYPES[kind], FORMATS[kind].top)
+    return np.asarray(found[:, 0::2] << 4 | found[:, 1::2] & 15) if kind == "nvfp4" else found
 
 
 def worth(packed: Array, kind: str, overall: np.float32, factors: Array | None = None) -> Floats:
     """Return the float32 values of `codes`; `factors` are those of `group_factors`, for formats with groups."""
-    values: Floats = _VALUES[kind](packed)
+    if kind == "nvfp4":  # two codes in a byte
+        packed = np.stack([packed >> 4, packed & 15], axis=2).reshape(len(packed), -1)
+    values: Floats = packed.view(_DTYPES[kind]).astype(np.float32)
     if factors is None:
         return values * overall
     scale = _group_scale(kind, factors, overall)
@@ -108,48 +124,8 @@ def _table(dtype: Any, top: float) -> Array:
         return np.asarray(values.astype(dtype).view(np.uint8))
 
 
-def _fp8(dtype: Any, top: float) -> Callable[[Floats, np.float32], Array]:
-    return lambda rows, overall: rounded(rows * (np.float32(1) / overall), dtype, top)
-
-
-def _int8(rows: Floats, overall: np.float32) -> Array:
-    return np.asarray(np.rint(rows / overall).clip(-128, 127).astype(np.int8).view(np.uint8))
-
-
 def _in_groups(rows: Floats, kind: str, overall: np.float32) -> Floats:
     """Values divided by the factors of their groups; groups of factor 0 become zeros."""
     scale = _group_scale(kind, _group_factors(rows, kind, overall), overall)
     grouped = rows.reshape(len(rows), -1, FORMATS[kind].group)
     return np.asarray((grouped / np.where(scale == 0, np.float32(np.inf), scale)[:, :, None]).reshape(rows.shape))
-
-
-def _mxfp8(rows: Floats, overall: np.float32) -> Array:
-    return rounded(_in_groups(rows, "mxfp8", overall), float8_e4m3fn, FORMATS["mxfp8"].top)
-
-
-def _nvfp4(rows: Floats, overall: np.float32) -> Array:
-    four = rounded(_in_groups(rows, "nvfp4", overall), float4_e2m1fn, FORMATS["nvfp4"].top)
-    return np.asarray(four[:, 0::2] << 4 | four[:, 1::2] & 15)
-
-
-_CODES: Mapping[str, Callable[[Floats, np.float32], Array]] = {
-    "float8_e4m3fn": _fp8(float8_e4m3fn, 448),
-    "float8_e5m2": _fp8(float8_e5m2, 57344),
-    "int8_tensorwise": _int8,
-    "mxfp8": _mxfp8,
-    "nvfp4": _nvfp4,
-}
-
-
-def _four(packed: Array) -> Floats:
-    pairs = np.stack([packed >> 4, packed & 15], axis=2).reshape(len(packed), -1)
-    return np.asarray(pairs.view(float4_e2m1fn).astype(np.float32))
-
-
-_VALUES: Mapping[str, Callable[[Array], Floats]] = {
-    "float8_e4m3fn": lambda packed: packed.view(float8_e4m3fn).astype(np.float32),
-    "float8_e5m2": lambda packed: packed.view(float8_e5m2).astype(np.float32),
-    "int8_tensorwise": lambda packed: packed.view(np.int8).astype(np.float32),
-    "mxfp8": lambda packed: packed.view(float8_e4m3fn).astype(np.float32),
-    "nvfp4": _four,
-}

@@ -1,5 +1,6 @@
 """The command `lora apply`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 from ...schemas.errors import UsageError
 from ..console import finish
 from ..help import HelpfulCommand
-from ..options import AS_JSON, PATH, all_local, volume_options
+from ..options import AS_JSON, PATH, local, volume_options
 from ..progress import byte_progress
 from .lora_options import (
     alpha_option,
@@ -33,7 +34,7 @@ from .merge import show_merge
 @volume_options
 def apply(
     bundle: Path,
-    loras: list[tuple[str, float]],
+    loras: Sequence[tuple[str, float]],
     undo: bool,
     strengths: tuple[float, ...],
     as_json: bool,
@@ -56,5 +57,5 @@ def apply(
         return
     paths, options["strengths"] = paths_and_strengths(loras, strengths)
     with byte_progress() as start_file:
-        done = apply_loras(bundle, all_local(paths), **options, start_file=start_file)
+        done = apply_loras(bundle, [local(path) for path in paths], **options, start_file=start_file)
     show_merge(bundle, done, as_json=as_json)

@@ -7,7 +7,7 @@ import click
 
 from ..console import note, say_json, show_table
 from ..help import HelpfulCommand
-from ..options import PATH
+from ..options import AS_JSON, PATH
 from .lora_options import against_option, alpha_option, filter_option
 
 SHOWN_METADATA = 120  # characters of each value; thumbnails are much longer
@@ -18,7 +18,7 @@ SHOWN_METADATA = 120  # characters of each value; thumbnails are much longer
 @against_option
 @filter_option
 @alpha_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def inspect(
     path: Path, against: Path | None, module_filters: tuple[str, ...], alpha: float | None, as_json: bool
 ) -> None:

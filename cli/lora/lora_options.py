@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ...schemas.errors import UsageError
-from ..options import PATH, parse_loras
+from ..options import PATH, parse_lora, parsed
 
 against_option = click.option(
     "--against", type=PATH, help="Checkpoint that the LoRA was trained on, if it is not a released one."
@@ -22,8 +22,8 @@ filter_option = click.option(
 )
 alpha_option = click.option("--alpha", type=float, help="Alpha, if the file has none.  [default: the rank]")
 loras_argument = partial(
-    click.argument, "loras", metavar="FILE[:STRENGTH]...", nargs=-1, callback=parse_loras
-)  # a list of names and strengths
+    click.argument, "loras", metavar="FILE[:STRENGTH]...", nargs=-1, callback=parsed(parse_lora)
+)  # names and strengths
 strength_option = click.option(
     "--strength",
     "strengths",

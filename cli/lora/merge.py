@@ -1,5 +1,6 @@
 """The command `lora merge`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 @volume_options
 def merge(
     checkpoint: Path,
-    loras: list[tuple[str, float]],
+    loras: Sequence[tuple[str, float]],
     output: Path,
     text_encoder: Path | None,
     unmerge: bool,

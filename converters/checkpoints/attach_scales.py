@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...schemas.comfy_formats import FORMATS, METADATA, OVERALL, QUANT, SCALE, WEIGHT, ComfyFormat
+from ...schemas.comfy_formats import FORMATS, METADATA, OVERALL, QUANT, SCALE, WEIGHT, ComfyFormat, tiled_size
 from ...schemas.dtypes import FLOATS
 from ...schemas.errors import CheckpointError, LayoutError
 from ...schemas.json_text import load_object
 from ...schemas.messages import listed
-from ...schemas.scale_tiles import tiled_size
 from ...storage.safetensors_reader import Header, Scale, TensorRange
 from .layer_parts import content
 

@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schemas.comfy_formats import CHOICES, FORMATS, OVERALL, QUANT, SCALE, WEIGHT
+from ...schemas.comfy_formats import CHOICES, FORMATS, OVERALL, QUANT, SCALE, TILE, WEIGHT
 from ...schemas.errors import ConversionError
 from ...schemas.quantization import candidates
-from ...schemas.scale_tiles import TILE
 from ...schemas.stages import Stage
 from ...schemas.tensors import Shape, expected_tensors
 from ...storage.float_rows import float_rows

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +29,13 @@ from safetensors.numpy import save_file
 
 from cascadekit import export
 from cascadekit.cli import main, progress
+from cascadekit.cli.generate_prompt_file import _Shown
 from cascadekit.converters.checkpoints.model_folder import write_folder_files
+from cascadekit.runtime.batch.generate_batch import BatchSettings
+from cascadekit.runtime.batch.image_jobs import BatchPlan, ImageJob
 from cascadekit.schemas.stages import ImageEncoderConfig, Stage
 from cascadekit.schemas.tensors import expected_tensors
+from cascadekit.storage.bucket import BucketPath
 
 QUICK = "--size 64x64 --prior-steps 1 --decoder-steps 1 --engine onnxruntime --threads 1 --memory resident".split()
 PROMPTS = 50
@@ -428,6 +434,16 @@ def test_two_batches_into_one_folder(tiny: Path, tmp_path: Path) -> None:
     assert "another batch writes into it" in result.stderr
 
 
+def test_a_batch_into_a_bucket_whose_lines_are_all_wrong_needs_no_memory() -> None:
+    """The memory of no image was asked for, which ended in a ValueError."""
+    noted: list[Sequence[ImageJob]] = []
+    with ExitStack() as stack:
+        shown = _Shown(BatchSettings(Path("prompts.txt"), BucketPath("s3:/bucket/x")), stack, as_json=True)
+        shown.notes = noted.append
+        shown.planned(BatchPlan((), ("line 1: prior_steps -1",)))
+    assert noted == []
+
+
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """One over all images, beside the step of the stage at work."""
     shown = io.StringIO()
@@ -435,8 +451,8 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "err", SimpleNamespace(is_terminal=True, console=console))
     with progress.batch_progress(30) as bars:
         for images in range(3):
-            for step in range(1, 6):
-                bars.step("prior", step, 5)
+            for step in range(5):
+                bars.step(Stage.PRIOR, SimpleNamespace(index=step, steps=5))
             bars.image(images + 1)
     lines = shown.getvalue().splitlines()
     assert any("images" in line and "3/30" in line and "0:00:00" in line for line in lines)

@@ -27,6 +27,7 @@ WORK = (
 )
 VERIFY = "verify {bundle} --against {model} --no-verdict"
 ROWS = [
+    (f"convert {HF} --to diffusers -o x --shard-size 1XB", 2, "--shard-size 1XB: expected a size such as 10GB"),
     (f"convert {HF} --to original -o file/x", 2, "file/x: {here}/file is no folder"),
     (f"convert {HF} --to original -o there.safetensors", 2, "there.safetensors: exists already"),
     (f"convert {HF} --to split -o x --quantize q8_0", 2, "leave it out, or take --to gguf"),

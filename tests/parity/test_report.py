@@ -25,9 +25,10 @@ from cascadekit.parity.report.write_report import write_report
 from cascadekit.parity.results import Report
 from cascadekit.parity.tolerances import StageTolerance
 from cascadekit.schemas.errors import UsageError
+from cascadekit.schemas.json_models import schema_text
 from cascadekit.schemas.precision import Precision
 from cascadekit.schemas.quantization import Quantization
-from cascadekit.schemas.report import ParityReport, report_schema
+from cascadekit.schemas.report import ParityReport
 from cascadekit.schemas.stages import Stage
 from helpers.reports import IMAGE, Images, alone, along, comparison, healthy, made_report, noise_images, report
 
@@ -92,7 +93,7 @@ def test_entries_say_where_a_comparison_belongs(made: ReferencePass, name: str, 
 
 def test_the_published_schema_is_that_of_the_models() -> None:
     published = (files("cascadekit.parity.report.data") / "report.schema.json").read_text(encoding="utf-8")
-    assert published == report_schema()
+    assert published == schema_text(ParityReport)
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 

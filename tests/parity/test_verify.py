@@ -291,6 +291,9 @@ def test_what_is_no_recording_is_said_so(tiny: Path, recording: Path, tmp_path: 
         ((), "give --against as the model, or --recorded as a file"),
         (("--recorded", "x", "--bisect"), "--bisect needs the model"),
         (("--against", "x", "--bisect", "--record", "y"), "cannot be given together"),
+        (("--against", "x", "--report", "y.html", "--record", "y"), "--record and --report cannot be given together"),
+        (("--record", "y"), "--record needs the model"),
+        (("--against", "x", "--mapping"), "--mapping is for two checkpoints"),
         (("--against", "x", "--bisect", "--reference", "diffusers"), "looks into cascadekit's own modules"),
     ],
 )

@@ -5,9 +5,9 @@ import pytest
 from numpy.typing import NDArray
 
 from cascadekit.schemas.errors import LayoutError
-from cascadekit.schemas.keymap import Drop, KeyMap, Rename, SplitRows
+from cascadekit.schemas.keymap import KeyMap, cut, drop, rename
 
-QKV = SplitRows("{}.in_proj", ("{}.q", "{}.k", "{}.v"))
+QKV = cut("{}.in_proj", "{}.q", "{}.k", "{}.v")
 
 
 def move(rules: KeyMap, tensors: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
@@ -39,7 +39,7 @@ def test_join_takes_parts_in_the_order_of_the_rule_not_of_the_file() -> None:
 
 
 def test_rename_and_scalars() -> None:
-    rules = KeyMap((Rename("codebook.weight", "embedding.weight"),))
+    rules = KeyMap((rename("codebook.weight", "embedding.weight"),))
     moved = move(rules, {"codebook.weight": np.arange(4), "counter": np.array(7)})
     assert moved["embedding.weight"].tolist() == [0, 1, 2, 3]
     assert moved["counter"] == 7
@@ -47,7 +47,7 @@ def test_rename_and_scalars() -> None:
 
 
 def test_drop_takes_away_in_both_directions() -> None:
-    rules = KeyMap((Drop("position_ids"),))
+    rules = KeyMap((drop("position_ids"),))
     assert not rules.apply({"position_ids": (1, 77)})
     assert not rules.inverse.apply({"position_ids": (1, 77)})
 

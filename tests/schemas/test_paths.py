@@ -86,6 +86,12 @@ def test_every_number_of_a_manifest_is_checked(tiny: Path, place: str, values: l
             parse_manifest(changed(tiny, place, value), "cascade.json")
 
 
+def test_the_dtype_of_a_port_is_checked(tiny: Path) -> None:
+    """numpy raised a TypeError for it when the graph ran."""
+    with pytest.raises(CheckpointError, match=r"graphs.model.inputs.0: .*expected a dtype among float32, .* found 'x'"):
+        parse_manifest(changed(tiny, "stages/vqgan/graphs/model/inputs/0/dtype", "x"), "cascade.json")
+
+
 def test_one_file_is_listed_once(tiny: Path) -> None:
     content = json.loads((tiny / "bundle/cascade.json").read_text())
     content["stages"]["vqgan"]["files"] *= 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_controls_in_short(text: str, expected: tuple[str, str, float]) -> None:
     assert (control.name, control.path, control.strength) == expected
 
 
+def test_a_control_of_many_digits_takes_no_time() -> None:
+    """Four times the digits took sixteen times as long, and a server was busy for hours with a megabyte of them."""
+    start = time.process_time()
+    (control,) = parse_request({"prompt": "x", "seed": 0, "controls": "canny=a:" + "1" * 50_000 + "x"}, SIZE).controls
+    assert control.path.startswith("a:11")
+    assert time.process_time() - start < 1
+
+
 def test_several_pictures_in_a_cell() -> None:
     request = parse_request({"prompt": "x", "seed": 0, "image_prompts": "a.png;b c.png"}, SIZE)
     assert [each.path for each in request.image_prompts] == ["a.png", "b c.png"]
@@ -113,6 +122,7 @@ def test_several_pictures_in_a_cell() -> None:
     [
         ({"sampler": "euler"}, "sampler 'euler': expected ddpm-wuerstchen or gdf"),
         ({"steps": 3}, "steps: unknown"),
+        ({"settings": {}}, "request: settings: unknown"),
         ({"prior_steps": "many"}, "prior_steps: "),
         ({"prior_steps": 2.5}, "prior_steps: "),
         ({"prior_guidance": math.nan}, "prior_guidance: "),

@@ -169,15 +169,6 @@ def test_tiles_cover_a_matrix_once(rows: int, columns: int, limit: int) -> None:
     assert all(down.stop <= rows and across.stop <= columns for down, across in tiles)
 
 
-def test_what_cannot_lie_transposed(two: Path) -> None:
-    tensors = read_header(two).tensors
-    turned = replace(tensors["x"], transposed=True)
-    with pytest.raises(ConversionError, match="is stored transposed, so its rows are not contiguous"):
-        turned.rows(0, 1, (1, 2))
-    with pytest.raises(ConversionError, match=r"a transposed tensor must be a matrix, found shape \[\]"):
-        replace(tensors["counter"], transposed=True)
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 def test_short_reads_and_writes(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
     """A call may move less than it was asked to."""

@@ -260,16 +260,38 @@ def test_what_does_not_fit_is_refused(original: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.gguf", "nan.safetensors"]
 
 
-def write(path: Path, *, shape: tuple[int, ...] = (64,), code: int = 0, offset: int = 0, version: int = 3) -> Path:
-    """A GGUF file of one tensor of 64 zeros in float32, its description as given."""
-    name = b"clf.1.weight"
-    head = b"GGUF" + struct.pack("<IQQ", version, 1, 0) + struct.pack("<Q", len(name)) + name
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def write(
+    path: Path,
+    *,
+    shape: tuple[int, ...] = (64,),
+    code: int = 0,
+    offset: int = 0,
+    version: int = 3,
+    metadata: bytes = b"",
+) -> Path:
+    """A GGUF file of one tensor of 64 zeros in float32, its description as given; `metadata` has one entry or none."""
+    head = b"GGUF" + struct.pack("<IQQ", version, 1, bool(metadata)) + metadata + text(b"clf.1.weight")
     head += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], code, offset)
     path.write_bytes(head + bytes(-len(head) % 32) + bytes(256))
     return path
 
 
+def original_shape(kind: int, *sizes: bytes) -> bytes:
+    """The entry of metadata by which ComfyUI-GGUF gives a tensor its shape back, as an array of any type."""
+    key = text(b"comfy.gguf.orig_shape.clf.1.weight")
+    return key + struct.pack("<IIQ", 9, kind, len(sizes)) + b"".join(sizes)
+
+
 BAD: dict[str, dict[str, Any]] = {
+    r"orig_shape.clf.1.weight is \['8', '8'\], expected a shape of as many values as \[64\]": {
+        "metadata": original_shape(8, text(b"8"), text(b"8"))
+    },
+    r"orig_shape.clf.1.weight is \[-8, -8\], expected": {"metadata": original_shape(5, *[struct.pack("<i", -8)] * 2)},
+    r"orig_shape.clf.1.weight is \[8.0, 8.0\], expected": {"metadata": original_shape(6, *[struct.pack("<f", 8)] * 2)},
     "truncated: clf.1.weight .F32 .65.. ends at byte 356, the file at 352": {"shape": (65,)},
     "clf.1.weight: unknown type 99, expected that of one of F32": {"code": 99},
     r"clf.1.weight: Q4_K has blocks of 256 values.*found shape \[2, 128\]": {"shape": (2, 128), "code": 12},

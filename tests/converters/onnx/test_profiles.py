@@ -132,7 +132,16 @@ def test_every_shape_is_one_the_graph_takes(config: NetworkConfig, bounds: Bound
             assert all(a <= b <= c for a, b, c in zip(shape.min, shape.opt, shape.max, strict=True))
 
 
-@pytest.mark.parametrize("text", ["1024", "1024x", "axb", "1024x1024x0", "0x64", "1024x768x2x1", "-64x64"])
+@pytest.mark.parametrize(
+    ("port", "dim"), [("sample", "depth"), ("sample", "height/0"), ("sample", "height/x"), ("control.0", "control.0.x")]
+)
+def test_a_dim_that_no_graph_has(port: str, dim: str) -> None:
+    """A manifest may be damaged or hostile."""
+    with pytest.raises(UsageError, match=f"prior: no range is known for the dim '{dim}' of its input {port}"):
+        profile_for(PRIOR, "model", [PortEntry(name=port, dtype="float32", dims=(dim,))], WIDE)
+
+
+@pytest.mark.parametrize("text", ["1024", "1024x", "axb", "1024x1024x0", "0x64", "1024x768x2x1", "-64x64", "99999x64"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="WIDTHxHEIGHTxIMAGES, such as 1024x768x2"):
         parse_image_size(text)
