@@ -26,7 +26,7 @@ DTYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT8E4M3FN: "F8_E4M3",
     onnx.TensorProto.INT4: INT4,
 }
-TOGETHER = re.compile(r"(.*)\.([^.]+(?:\+[^.]+)+)\.(weight|bias)")
+TOGETHER = re.compile(r"(.*)\.([^.+]+(?:\+[^.+]+)+)\.(weight|bias)")
 PORT_DTYPES = {number: name for name, number in PORT_TYPES.items()} | {onnx.TensorProto.INT32: "int32"}
 
 
