@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from .builds import LITE_CASCADE as LITE_CASCADE
     from .builds import BuildsReport as BuildsReport
     from .builds import bench_builds as bench_builds
-    from .convert import bench_convert as bench_convert
+    from .convert_speed import bench_convert as bench_convert
     from .engines import EnginesReport as EnginesReport
     from .engines import bench_engines as bench_engines
-    from .export import bench_export as bench_export
-    from .generate import GenerateReport as GenerateReport
-    from .generate import bench_generate as bench_generate
+    from .export_speed import bench_export as bench_export
+    from .generate_speed import GenerateReport as GenerateReport
+    from .generate_speed import bench_generate as bench_generate
     from .standins import NETWORKS as NETWORKS
 
 _PUBLIC = {
@@ -27,13 +27,13 @@ _PUBLIC = {
     "NETWORKS": ".standins",
     "BuildsReport": ".builds",
     "EnginesReport": ".engines",
-    "GenerateReport": ".generate",
+    "GenerateReport": ".generate_speed",
     "BenchReport": ".bench_report",
     "bench_builds": ".builds",
-    "bench_convert": ".convert",
+    "bench_convert": ".convert_speed",
     "bench_engines": ".engines",
-    "bench_export": ".export",
-    "bench_generate": ".generate",
+    "bench_export": ".export_speed",
+    "bench_generate": ".generate_speed",
 }
 
 __all__ = [*_PUBLIC]

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from cascadekit.bench import bench_convert, cast_in_memory, engine_worker, engines, generate_worker, process, standins
 from cascadekit.bench.cli import ENGINES
 from cascadekit.bench.commands import bench
-from cascadekit.bench.convert import PEER
+from cascadekit.bench.convert_speed import PEER
 from cascadekit.bench.engine_worker import LOADERS, EngineJob
 from cascadekit.converters.checkpoints.open_model import open_model
 from cascadekit.parity.reference import build_reference
@@ -219,7 +219,7 @@ def test_refusals(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for message, arguments in cases.items():
         with pytest.raises(UsageError, match=message):
             bench_convert(**{"work": tmp_path, "network": "tiny", **arguments})
-    monkeypatch.setattr("cascadekit.bench.convert.find_spec", lambda name: None)
+    monkeypatch.setattr("cascadekit.bench.convert_speed.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="diffusers, which is not installed"):
         bench_convert(tmp_path, network="tiny", peer=True)
     monkeypatch.setattr(standins.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))

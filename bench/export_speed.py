@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..schemas.callbacks import Say
 from .bench_report import BenchReport, Case
-from .convert import COPY
+from .convert_speed import COPY
 from .process import PACKAGE, bench_folder, floor_rss, measure_all
 from .standins import describe, source_file
 
