@@ -12,7 +12,7 @@ from ..runtime.engines.engine_table import ENGINES
 from ..schemas.errors import UsageError
 from .console import FAILED, finish, note, say, say_json
 from .help import HelpfulCommand
-from .options import AS_JSON, PATH, STAGES, choice_option, parse_size, volume_options
+from .options import AS_JSON, PATH, STAGES, choice_option, parse_size, parsed, volume_options
 from .verify_checkpoints import verify_checkpoints
 from .verify_print import next_steps, print_report, report_json
 
@@ -43,7 +43,9 @@ OF_CHECKPOINTS = ("stages", "verdict", "force")  # options that two checkpoints 
     "--reference-precision", list(REFERENCE_DTYPES), "Precision that the reference computes in.", default="fp32"
 )
 @choice_option("--reference-device", ["cpu", "cuda"], "Device that the reference computes on.", default="cpu")
-@click.option("--size", metavar="WxH", callback=parse_size, help="Also compare at the latents of images of this size.")
+@click.option(
+    "--size", metavar="WxH", callback=parsed(parse_size), help="Also compare at the latents of images of this size."
+)
 @choice_option(
     "--sizes",
     ["small", "all"],
