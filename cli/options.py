@@ -115,5 +115,7 @@ def parse_loras(ctx: click.Context, param: click.Parameter, values: tuple[str, .
         try:
             found.append((value, 1.0) if not colon or Path(value).exists() else (name, float(strength)))
         except ValueError:
+            if Path(name).is_file():
+                raise click.BadParameter(f"{value!r}: expected a number after the colon, such as 0.8") from None
             found.append((value, 1.0))
     return found

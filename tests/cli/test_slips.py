@@ -132,6 +132,14 @@ def test_notes_on_brackets(
     assert words is None or words in " ".join(said.split())
 
 
+def test_a_strength_that_is_no_number(tiny: Path, tmp_path: Path) -> None:
+    """The whole text was taken for a path, which is not there."""
+    (tmp_path / "style.safetensors").touch()
+    result = generate(tiny, "x", "--lora", f"{tmp_path / 'style.safetensors'}:O.8")
+    assert result.exit_code == 2
+    assert "style.safetensors:O.8': expected a number after the colon, such as 0.8" in result.stderr
+
+
 @pytest.mark.parametrize(
     "words", ["inspect ''", "convert x --to split -o ''", "export '' -o x", "generate x y --prompts ''", "demo -o ''"]
 )
