@@ -13,11 +13,15 @@ Command = Callable[..., Any]
 
 
 class GivenPath(click.Path):
-    """A path. An empty one is refused: it would be the current folder, and comes from an unset variable of a shell."""
+    """A path. An empty one is refused: it would be the current folder, and comes from an unset variable of a shell.
+
+    So is "-" where standard input is not read: it would be a file or folder of that name."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("expected a path, found an empty text; the current folder is .", param, ctx)
+        if value == "-" and not self.allow_dash:
+            self.fail("standard input and output are not taken here; write ./- for a file called -", param, ctx)
         return super().convert(value, param, ctx)
 
 
