@@ -12,7 +12,7 @@ import click
 # A name, "=", and a literal. What stands around it must not be part of a path, a longer name or a larger expression.
 _ARGUMENT = re.compile(
     r"""(?<![^\s(`'"])(?P<name>[a-z][a-z0-9_]*)=
-    (?P<value>True|False|None|\.\.\.|"[^"\n]*"|'[^'\n]*'|-?\d+(?:\.\d+)?|\([^()\n]*\)|\[[^\[\]\n]*\]|\{[^{}\n]*\})
+    (?P<value>True|False|None|\.\.\.|"[^"\n]*"|-?\d+(?:\.\d+)?|\([^()\n]*\)|\[[^\[\]\n]*\]|\{[^{}\n]*\})
     (?=[,;:.!?)`'"]*(?:\s|$))""",
     re.VERBOSE,
 )

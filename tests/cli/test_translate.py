@@ -44,7 +44,6 @@ def command(**options: object) -> None:
         ("alpha=4; alpha=-0.5.", "--alpha 4; --alpha -0.5."),
         ("allow_overflow=True", "--allow-overflow"),
         ('output="x"', "--output x"),
-        ("output='a b' is", "--output 'a b' is"),
         ('stages=["prior", "decoder"]', "--stage prior --stage decoder"),
         ('stage="prior"', "--stage prior"),
         ('precision={"prior": "fp32"}', "--precision prior=fp32"),
