@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..schemas.errors import UsageError
-from ..schemas.stages import Stage
+from ..schemas.stages import EVERY_IMAGE, Stage
 from .console import note
 from .progress import byte_progress
 
@@ -24,7 +24,9 @@ OPENING = ("device", "engine", "threads", "memory", "vram", "allow_cpu", "cuda_g
 
 
 def open_cascade(bundle: Path, *, loras: Sequence[tuple[str, float]], **options: Any) -> "Cascade":
-    """Open the cascade with the options of MACHINERY, whose names are in `OPENING`."""
+    """Open the cascade with the options of MACHINERY, whose names are in `OPENING`.
+
+    Raises UsageError when it lacks a stage that every image needs."""
     from ..runtime.cascade import Cascade
     from ..runtime.engines.int8_saturation import int8_warning
     from ..storage.bundle import open_bundle
@@ -37,6 +39,9 @@ def open_cascade(bundle: Path, *, loras: Sequence[tuple[str, float]], **options:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
     cascade = Cascade.open(bundle, refit=_refit, say=note, **options)
     manifest, name = cascade.manifest, cascade.engine.name
+    if missing := [stage for stage in EVERY_IMAGE if stage not in manifest.stages]:
+        cascade.close()
+        raise UsageError(f"{bundle}: has no {', '.join(missing)}; export the model with it")
     for line in (_verdict_note(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:
             note(line)

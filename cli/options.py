@@ -14,11 +14,15 @@ Command = Callable[..., Any]
 
 
 class GivenPath(click.Path):
-    """A path. An empty one is refused: it would be the current folder, and comes from an unset variable of a shell."""
+    """A path. An empty one is refused: it would be the current folder, and comes from an unset variable of a shell.
+
+    So is "-" where standard input is not read: it would be a file or folder of that name."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("expected a path, found an empty text; the current folder is .", param, ctx)
+        if value == "-" and not self.allow_dash:
+            self.fail("standard input and output are not taken here; write ./- for a file called -", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -116,9 +120,13 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """The name and the strength in FILE[:STRENGTH]; a text that is the name of a file is that file."""
+    """The name and the strength in FILE[:STRENGTH]; a text that is the name of a file is that file.
+
+    Raises UsageError for the name of a file with a strength that is no number."""
     name, colon, strength = text.rpartition(":")
     try:
         return (text, 1.0) if not colon or Path(text).exists() else (name, float(strength))
     except ValueError:
+        if Path(name).is_file():
+            raise UsageError(f"{text!r}: expected a number after the colon, such as 0.8") from None
         return text, 1.0

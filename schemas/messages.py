@@ -11,7 +11,6 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
-    from pydantic_core import ErrorDetails
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -175,9 +174,9 @@ def wrong_fields(error: "ValidationError", known: Collection[str] = ()) -> str:
     )
 
 
-def _found(error: "ErrorDetails") -> str:
+def _found(error: Mapping[str, object]) -> str:
     """The wrong value, where a message of pydantic's own leaves it out."""
-    said = error["msg"].startswith(PYDANTIC_WORDS) or not isinstance(error["input"], str | int | float)
+    said = str(error["msg"]).startswith(PYDANTIC_WORDS) or not isinstance(error["input"], str | int | float)
     return "" if said else f", found {shown(error['input'])}"
 
 

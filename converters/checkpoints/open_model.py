@@ -22,6 +22,7 @@ from ...schemas.folders import (
 from ...schemas.layouts import Layout
 from ...schemas.messages import listed
 from ...schemas.stages import Stage, Variant
+from ...storage.open_file import require_exists
 from ...storage.weights_file import read_weights
 from .component import Component
 from .find_weights import open_component_folder, open_single_files, weights_sets
@@ -120,7 +121,7 @@ def _once(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
 
 def _open_encoder(path: Path, stage: Stage, choice: WeightsChoice) -> FileContents:
     """Open the encoder in a file or folder. From a whole CLIP model, the tower that `stage` names is taken."""
-    _require_exists(path)
+    require_exists(path)
     if path.is_dir():
         return open_component_folder(path, stage, choice.variant)[0]
     return _open_file(path, only=stage)
@@ -156,7 +157,7 @@ def _add(components: dict[Stage, Component], component: Component, choice: Weigh
 
 def _open_source(source: Path, choice: WeightsChoice, without: Collection[Stage]) -> list[FileContents]:
     """Open everything in a source except the stages `without`, which the user gave separately."""
-    _require_exists(source)
+    require_exists(source)
     if source.is_file():
         return [_open_file(path, without=without) for path in (source, *_side_files(source))]
     modular = (source / MODULAR_INDEX).is_file()
@@ -302,11 +303,6 @@ def _models_below(folder: Path) -> str:
     """The subfolders that look like models, for a message; "" without any."""
     found = sorted({str(path.parent) for pattern in MODEL_MARKS for path in folder.glob(f"*/{pattern}")})
     return f"; did you mean {listed(found, 3)}?" if found else ""
-
-
-def _require_exists(path: Path) -> None:
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; check the path")
 
 
 def _notes_on_names(components: Iterable[Component]) -> list[str]:

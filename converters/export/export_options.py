@@ -142,7 +142,7 @@ class ExportOptions:
             )
         if self.calibration is not None and (not in_fp16 or self.fp16_safe == "off"):
             raise UsageError(
-                f"calibration={str(self.calibration)!r} is for a prior, decoder or vqgan in fp16 within its range; "
+                f'calibration="{self.calibration}" is for a prior, decoder or vqgan in fp16 within its range; '
                 'add precision="fp16" without fp16_safe="off", or leave it out'
             )
         if self.controlnet and Stage.PRIOR not in stages:

@@ -7,6 +7,7 @@ Files that are shared with the model are therefore never written to, and undoing
 
 from __future__ import annotations  # help() shows the types as they are written here
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -225,7 +226,8 @@ def _open_plain(root: str | Path) -> Bundle:
     bundle = open_bundle(Path(root))
     if bundle.manifest.lora is not None:
         names = ", ".join(f"{lora.name} ({lora.strength:g})" for lora in bundle.manifest.lora.loras)
-        raise UsageError(f"{bundle.root}: has {names} merged in already; take them out with undo=True, then apply all")
+        undo = f"cascadekit lora apply {shlex.quote(str(bundle.root))} --undo"
+        raise UsageError(f"{bundle.root}: has {names} merged in already; take them out with `{undo}`, then apply all")
     return bundle
 
 

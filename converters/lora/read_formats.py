@@ -11,6 +11,7 @@ from ...schemas.lora_keys import Algorithm, LoraFormat, LoraTarget, Prefix, chan
 from ...schemas.messages import listed, listed_below
 from ...schemas.stages import NetworkConfig, TextEncoderConfig, UNetConfig
 from ...schemas.tensors import Shape
+from ...storage.open_file import require_exists
 from ...storage.safetensors_reader import Header
 from ...storage.weights_file import read_weights
 from ..checkpoints.open_model import open_model
@@ -82,8 +83,7 @@ def holds_lora(path: Path) -> bool:
 
 
 def _weights(path: Path) -> Path:
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; check the path")
+    require_exists(path)
     if not path.is_dir():
         return path
     for name in FOLDER_NAMES:

@@ -246,6 +246,14 @@ def test_demo_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("command", ["ui", "serve"])
+def test_a_server_is_not_started_for_a_bundle_that_makes_no_images(tiny: Path, tmp_path: Path, command: str) -> None:
+    """It listened, and every image failed."""
+    assert call("export", tiny / "model", "-o", tmp_path / "bundle", "--stage", "prior").exit_code == 0
+    said = f"{tmp_path / 'bundle'}: has no text_encoder, decoder, vqgan; export the model with it"
+    refused(2, said, command, tmp_path / "bundle", "--port", 0)
+
+
 class TestWrongInputs:
     @pytest.mark.parametrize(
         "words",

@@ -132,6 +132,14 @@ def test_notes_on_brackets(
     assert words is None or words in " ".join(said.split())
 
 
+def test_a_strength_that_is_no_number(tiny: Path, tmp_path: Path) -> None:
+    """The whole text was taken for a path, which is not there."""
+    (tmp_path / "style.safetensors").touch()
+    result = generate(tiny, "x", "--lora", f"{tmp_path / 'style.safetensors'}:O.8")
+    assert result.exit_code == 2
+    assert "style.safetensors:O.8': expected a number after the colon, such as 0.8" in result.stderr
+
+
 @pytest.mark.parametrize(
     "words", ["inspect ''", "convert x --to split -o ''", "export '' -o x", "generate x y --prompts ''", "demo -o ''"]
 )
@@ -159,3 +167,32 @@ def test_slips_in_files_of_prompts(
     assert result.exit_code == 2
     assert words in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("stabilityai/stable-cascade", "check the path, or hf://stabilityai/stable-cascade if it is on the Hub"),
+        ("a/b/c.safetensors", "c.safetensors: no such file or folder; check the path\n"),
+        ("https://huggingface.co/stabilityai/stable-cascade", "a web address; give hf://stabilityai/stable-cascade\n"),
+        (
+            "https://huggingface.co/a/b/resolve/main/c/stage_a.safetensors?download=true",
+            "a web address; give hf://a/b/c/stage_a.safetensors\n",
+        ),
+        ("https://huggingface.co/a/b/blob/v2/x.safetensors", "give hf://a/b@v2/x.safetensors\n"),
+        ("https://example.org/x.safetensors", "web addresses are not read; download the file, and give its path"),
+    ],
+)
+def test_the_source_on_the_hub_is_named(tmp_path: Path, source: str, words: str) -> None:
+    for command in (["convert", source, "--to", "split", "-o", str(tmp_path / "x")], ["lora", "inspect", source]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
+@pytest.mark.parametrize("words", ["inspect -", "generate x y -o -", "convert - --to split -o x"])
+def test_standard_input_and_output_are_no_paths(words: str) -> None:
+    """Images went into a folder called -."""
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 2
+    assert "standard input and output are not taken here; write ./- for a file called -" in result.stderr

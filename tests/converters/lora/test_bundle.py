@@ -269,7 +269,11 @@ def test_through_the_command_line(model: Path, tmp_path: Path) -> None:
     assert f"not applied: {lora}: text_encoder: {FC1}" in result.stderr
     assert call("validate", bundle, "--hash").exit_code == 0
     for message, *arguments in (
-        ("has one.safetensors (0.5) merged in already; take them out with --undo, then apply all", bundle, lora),
+        (
+            f"merged in already; take them out with `cascadekit lora apply {bundle} --undo`, then apply all",
+            bundle,
+            lora,
+        ),
         ("give LoRAs to apply, or --undo without LoRAs", bundle, lora, "--undo"),
         ("give LoRAs to apply, or --undo without LoRAs", bundle),
         ("not a bundle", model, lora),
