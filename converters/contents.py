@@ -11,7 +11,7 @@ from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import LayoutError, UsageError
 from ..schemas.folders import MANIFEST_NAME, MODEL_INDEXES
 from ..schemas.layouts import can_become
-from ..schemas.messages import reason
+from ..schemas.messages import known_keywords, reason
 from ..schemas.passport_keys import KEY, without_passport
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ Contents = BundleContents | CheckpointContents | GraphContents | ImageContents |
 PICTURES = {b"\x89PNG\r\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP"}
 
 
+@known_keywords
 def contents_of(path: str | Path, *, hash: bool = False, say: Say = ignored) -> Contents:
     """Find out what `path` holds: a bundle, a LoRA, a generated image, an ONNX graph, or components of the cascade, on
     disk or as ``hf://...``. The command ``inspect`` prints the result, which has `to_json`.

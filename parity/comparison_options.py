@@ -45,13 +45,13 @@ def check_options(
     """Raise UsageError for options that do not go together. `record` is true when the reference is to be recorded."""
     for name, known in KNOWN.items():
         require_one_of(known, getattr(options, name), name)
-    if (options.against is None) == (options.recorded is None):
-        raise UsageError("give against=... as the model, or recorded=... as a file that was recorded from it")
-    on_gpu = options.reference_device != "cpu"
     given = {"record=...": record, "bisect=True": bisect, "ranges=True": ranges}
     chosen = [name for name, wanted in given.items() if wanted]
     if chosen and options.against is None:
         raise UsageError(f"{chosen[0]} needs the model: give against=...")
+    if (options.against is None) == (options.recorded is None):
+        raise UsageError("give against=... as the model, or recorded=... as a file that was recorded from it")
+    on_gpu = options.reference_device != "cpu"
     if on_gpu and options.against is None:
         raise UsageError(
             f'reference_device="{options.reference_device}": a recording has been computed already; give against=...'

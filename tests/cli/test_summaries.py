@@ -99,14 +99,17 @@ def test_results_in_python_are_shown_in_a_line(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("original --shard-size 1MB", "--shard-size 1000000: --to original has no such files"),
+        (
+            "original --shard-size 1MB",
+            "--shard-size: the original layout has no shards; leave it out, or take --to diffusers",
+        ),
         (
             "gguf --as-variant bf16",
-            "--as-variant bf16: --to gguf has no such files; leave it out, or take --to diffusers",
+            "--as-variant bf16: the gguf layout has no such names; leave it out, or take --to diffusers",
         ),
-        ("original --combined", "--combined: --to original has no such files"),
-        ("modular --combined", "--combined: --to modular has no such files"),
-        ("gguf --quantize fp8", "--quantize fp8: only --to comfyui and --to split has this type, not --to gguf"),
+        ("original --combined", "--combined: the original layout has no such folders; leave it out"),
+        ("modular --combined", "--combined: the modular layout has no such folders; leave it out"),
+        ("gguf --quantize fp8", "--quantize FP8: the gguf layout has no such type; leave it out, or take --to comfyui"),
     ],
 )
 def test_convert_refuses_options_that_the_layout_does_not_have(tmp_path: Path, words: str, said: str) -> None:

@@ -291,9 +291,12 @@ def test_what_is_no_recording_is_said_so(tiny: Path, recording: Path, tmp_path: 
         ((), "give --against as the model, or --recorded as a file"),
         (("--recorded", "x", "--bisect"), "--bisect needs the model"),
         (("--against", "x", "--bisect", "--record", "y"), "cannot be given together"),
-        (("--against", "x", "--report", "y.html", "--record", "y"), "--record and --report cannot be given together"),
+        (
+            ("--against", "x", "--report", "y.html", "--record", "y"),
+            "--record runs the reference alone, without --report; leave it out",
+        ),
         (("--record", "y"), "--record needs the model"),
-        (("--against", "x", "--mapping"), "--mapping is for two checkpoints"),
+        (("--against", "x", "--mapping"), "--mapping lists the tensors of two checkpoints; leave it out"),
         (("--against", "x", "--bisect", "--reference", "diffusers"), "looks into cascadekit's own modules"),
     ],
 )
