@@ -105,8 +105,12 @@ class ImagesApi:
             async with request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS) as form:
                 given = {name: value for name, value in form.items() if isinstance(value, str)}
                 uploads = [(name, each) for name, each in form.multi_items() if isinstance(each, UploadFile)]
-                images = [await _saved(each, folder) for name, each in uploads if name in ("image", "image[]")]
-                masks = [await _saved(each, folder) for name, each in uploads if name == "mask"]
+                images = [
+                    await _saved(each, Path(folder, f"image {number}"))
+                    for number, (name, each) in enumerate(uploads, 1)
+                    if name in ("image", "image[]")
+                ]
+                masks = [await _saved(each, Path(folder, "mask")) for name, each in uploads if name == "mask"]
             self._require_model(given.get("model"))
             pictures = await run_in_threadpool(edited_pictures, images, masks[0] if masks else None)
             call = parse_image_call(given, self.cascade.manifest, pictures)
@@ -237,11 +241,10 @@ async def _collected(inbox: "asyncio.Queue[Event]", count: int) -> list[Finished
     return sorted(found, key=lambda image: image.index)
 
 
-async def _saved(upload: UploadFile, folder: str) -> Path:
-    """Write an uploaded file into `folder`, under a name of its own."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="picture-", delete=False) as file:
-        file.write(await upload.read())
-    return Path(file.name)
+async def _saved(upload: UploadFile, path: Path) -> Path:
+    """Write an uploaded file to `path`, whose name stands in messages, and return it."""
+    path.write_bytes(await upload.read())
+    return path
 
 
 def _encoded(call: ImageCall, image: Image.Image, metadata: Mapping[str, Any], sign: Sign | None = None) -> bytes:

@@ -206,6 +206,7 @@ def test_malformed_calls_are_refused_in_openais_form(served: Served, given: Any,
 def test_pictures_that_are_none_are_refused(served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         served.client().images.edit(image=("a.png", b"no picture"), prompt="a")
+    assert "image 1: not a picture of a known format" in str(caught.value)  # no name of the server's own
     assert "/tmp" not in str(caught.value)
     assert served.ask("POST", "/v1/images/edits", b"prompt=a")[0] == 400
 
