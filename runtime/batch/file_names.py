@@ -25,8 +25,8 @@ FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')  # in file names, on some sy
 def slug(text: str) -> str:
     """The letters and digits of `text`, of any script, with "-" for everything between them; may be empty."""
     kept = (one if unicodedata.category(one)[0] in "LMN" or one == "_" else "-" for one in text)
-    joined = re.sub("-+", "-", unicodedata.normalize("NFC", "".join(kept)))
-    return joined.encode("utf-8")[:SLUG_BYTES].decode("utf-8", errors="ignore").strip("-")
+    joined = re.sub("-+", "-", unicodedata.normalize("NFC", "".join(kept))).strip("-")
+    return joined.encode("utf-8")[:SLUG_BYTES].decode("utf-8", errors="ignore").rstrip("-")
 
 
 @dataclass(frozen=True)
