@@ -137,7 +137,7 @@ def picture_page(browser: Any) -> None:
         page.fill("#seed", "0")
         page.click("#generate")
         page.wait_for_selector("#shown button img")
-        page.wait_for_function(f"document.querySelectorAll('#grid .thumb').length > {len(EXAMPLE_PROMPTS)}")
+        page.wait_for_selector(f"#grid .thumb >> nth={len(EXAMPLE_PROMPTS)}")
         page.wait_for_timeout(1000)  # until the last picture has faded in
         _save(page, "page.png")
         server.shutdown()

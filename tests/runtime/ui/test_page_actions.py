@@ -83,7 +83,7 @@ def test_an_empty_prompt_asks_first(served: PageServer, visit: Visit, tmp_path: 
     page.keyboard.press("Control+Enter")
     wait_for_text(page, "#question", "Generate without a prompt?")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.activeElement.id === 'prompt'")
+    page.wait_for_selector("#prompt:focus")
     page.click("#generate")
     page.click("#question-yes")
     page.wait_for_selector("#shown button")
