@@ -69,7 +69,7 @@ def external_data(model: onnx.ModelProto) -> Iterator[ExternalTensor]:
 def _apart(whole: ExternalTensor) -> Iterator[ExternalTensor]:
     """The parts of a tensor ``prefix.a+b.weight``, which are adjacent and equally large; else the tensor itself."""
     found = TOGETHER.fullmatch(whole.name)
-    if not found:
+    if not found or not whole.dims:
         yield whole
         return
     parts = found[2].split("+")

@@ -17,6 +17,7 @@ from onnx import helper
 
 from cascadekit import export
 from cascadekit.cli import main
+from cascadekit.converters.export.graph_files import external_data
 from cascadekit.converters.export.validate import validate
 from cascadekit.schemas.stages import Stage
 from cascadekit.storage.bundle import open_bundle
@@ -287,6 +288,15 @@ def test_weights_in_8_and_4_bits(tiny: Path, tmp_path: Path, kind: str, target: 
     length.value = str(int(length.value) - 1)
     onnx.save(model, path)
     assert f"expected {int(length.value) + 1} for" in " ".join(problems(found(bundle)))
+
+
+@pytest.mark.parametrize("name", ["a.b+b.weight", "a." + "b+" * 40 + "b.scale"])
+def test_names_like_those_of_joined_weights(name: str) -> None:
+    """A number cannot be taken apart; a name with many signs, which is none of ours, was read for hours."""
+    model = onnx.ModelProto()
+    tensor = model.graph.initializer.add(name=name, data_location=onnx.TensorProto.EXTERNAL)
+    tensor.data_type = onnx.TensorProto.FLOAT
+    assert [(each.name, each.dims) for each in external_data(model)] == [(name, ())]
 
 
 def test_a_lost_file_of_weights_is_said_once(bundle: Path) -> None:
