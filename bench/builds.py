@@ -13,7 +13,7 @@ from ..converters.tensorrt import BuildOptions, Built, build
 from ..converters.tensorrt.estimate import Estimate, estimate
 from ..converters.tensorrt.plans_to_build import graphs_of
 from ..converters.tensorrt.worker_process import OnProgress
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.dtypes import parse_dtype
 from ..schemas.precision import Precision, Target
 from ..schemas.profiles import DEFAULT, Bounds
@@ -81,7 +81,7 @@ def bench_builds(
     precision: Precision = Precision.BF16,
     bounds: Bounds = DEFAULT,
     expected: Sequence[str] = ("prior", "decoder"),
-    say: Say = lambda text: None,
+    say: Say = ignored,
     on_progress: OnProgress = lambda progress: None,
 ) -> BuildsReport:
     """Build the graphs that `generate` runs of stand-ins for `networks` with TensorRT-RTX, one network at a time.

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..converters.checkpoints.component import Component
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.config_json import to_json
 from ..schemas.dtypes import DTYPE_SIZES
 from ..schemas.errors import UsageError
@@ -54,7 +54,7 @@ def bench_convert(
     runs: int = 3,
     cold: bool = False,
     peer: bool = False,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> BenchReport:
     """Measure conversions of `source`, or of a stand-in for `network` in `dtype`, in a folder below `work`.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..converters.checkpoints.component import Component
 from ..converters.export.export import export
 from ..parity.compare import compare
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import UsageError
 from ..schemas.operations import multiply_adds
 from ..schemas.ports import ports_of
@@ -86,7 +86,7 @@ def bench_engines(
     threads: int = 2,
     rounds: int = 3,
     runs: int = 2,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> EnginesReport:
     """Measure `engines` on one forward of `source`, or of a stand-in for `network` stored in `dtype`.
 

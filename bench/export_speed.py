@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from .bench_report import BenchReport, Case
 from .convert_speed import COPY
 from .process import PACKAGE, bench_folder, floor_rss, measure_all
@@ -18,7 +18,7 @@ def bench_export(
     dtype: str = "BF16",
     source: Path | None = None,
     runs: int = 3,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> BenchReport:
     """Measure exports of `source`, or of a stand-in for `network` in `dtype`, in a folder below `work`.
 

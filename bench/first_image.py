@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from ..runtime.cascade import Cascade
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from .machine import describe_machine
 from .process import WorkerJob, bring_into_cache, bundle_files
 
@@ -44,7 +44,7 @@ class FirstImageReport:
         return asdict(self)
 
 
-def bench_first_image(job: FirstImageJob, rounds: int = 3, say: Say = lambda text: None) -> FirstImageReport:
+def bench_first_image(job: FirstImageJob, rounds: int = 3, say: Say = ignored) -> FirstImageReport:
     """Start `rounds` processes, one after the other. Raises ConversionError when one fails."""
     root = Path(job.bundle)
     machine = describe_machine(root)

@@ -13,7 +13,7 @@ from ..converters.checkpoints.tiny_cascade import write_tiny_cascade
 from ..converters.export.export import export
 from ..runtime.memory.prediction import predict_peak
 from ..runtime.memory.residency import MemoryPolicy
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import UsageError
 from ..schemas.layouts import Layout
 from ..schemas.stages import EVERY_IMAGE, PRESETS, Stage, Variant
@@ -73,7 +73,7 @@ def bench_generate(
     threads: int = 2,
     rounds: int = 3,
     runs: int = 1,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> GenerateReport:
     """Generate images of `size` (height, width) with `steps` of prior and decoder, in a folder below `work`.
 

@@ -4,7 +4,7 @@ The networks are tiny cascades of random weights. The ratio hardly depends on th
 times a floor that is measured on the same model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from ..parity.reference.loading import reference_engine
 from ..parity.reference_run import run_reference
 from ..parity.results import Report
 from ..runtime.engines.engine_table import make_engine
+from ..schemas.callbacks import Say, ignored
 from ..schemas.layouts import Layout
 from ..schemas.precision import Precision
 from ..schemas.quantization import BUNDLE_SCHEMES, Quantization
@@ -51,7 +52,7 @@ class Ratio:
         return self.relative_l2 / self.floor
 
 
-def measure_ratios(networks: int, say: Callable[[str], object] = lambda text: None) -> list[Ratio]:
+def measure_ratios(networks: int, say: Say = ignored) -> list[Ratio]:
     """The largest ratio over `networks` cascades, for each engine, precision or quantisation, and stage.
 
     The engine "parts of a graph" is bisection: the worst channel of the part that is nearest to its limit."""

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from ..runtime.engines.protocol import Engine, StageRunner
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import OutsideProfileError, UsageError
 from ..schemas.manifest import Manifest
 from ..schemas.precision import Precision
@@ -29,7 +29,7 @@ def compare_engine(
     stages: Sequence[Stage] = (),
     *,
     sizes: SizeChoice | None = None,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> Report:
     """Compare `engine` with a reference engine, or with the outputs that a reference gave before.
 

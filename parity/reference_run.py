@@ -18,7 +18,7 @@ from ..runtime.memory.residency import STAGED
 from ..runtime.sampling.loop import Step
 from ..runtime.sampling.torch_generator import TorchGenerator
 from ..runtime.text.tokenizer import ClipTokenizer
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import EngineError
 from ..schemas.manifest import MAIN_GRAPH
 from ..schemas.precision import Precision
@@ -107,7 +107,7 @@ def run_reference(
     *,
     kinds: Collection[Precision | Quantization] = tuple(COMPUTE_DTYPES),
     sizes: SizeChoice | None = None,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> ReferenceOutputs:
     """Run the reference on the sample inputs of `stages`, or of all stages of the bundle when none are named.
 

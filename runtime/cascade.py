@@ -84,7 +84,7 @@ class Cascade(CascadeStages):
         refit: Refit | None = None,
         cuda_graph: bool = True,
         tf32: bool = False,
-        say: Say = lambda text: None,
+        say: Say = ignored,
     ) -> Self:
         """Open an exported bundle on `device`, "cpu", "cuda" or "auto": the GPU if one works here, else the CPU.
 

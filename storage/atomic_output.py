@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schemas.callbacks import Say
+from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import CascadeError, ConversionError, UsageError
 from ..schemas.folders import MANIFEST_NAME, MODEL_INDEXES
 from ..schemas.messages import listed
@@ -36,7 +36,7 @@ def staged_output(
     sources: Iterable[str | Path] = (),
     files: Collection[str] | None = None,
     complete: bool = False,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> Iterator[Path]:
     """A path to write a file or folder at. It becomes `target` when the block ends; files of a folder there stay.
 

@@ -12,7 +12,7 @@ from time import perf_counter
 
 from ...runtime.engines.installed_packages import onnxruntimes
 from ...runtime.engines.nvidia_driver import DriverGpu, first_gpu
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import EngineError, UsageError
 from ...schemas.precision import Precision
 from ...schemas.stages import Variant
@@ -66,7 +66,7 @@ class GpuBench:
         return chosen
 
 
-def bench_gpu(bench: GpuBench, say: Say = lambda text: None) -> GpuBenchReport:
+def bench_gpu(bench: GpuBench, say: Say = ignored) -> GpuBenchReport:
     """Run the phases that the state lacks, and report all that the state has.
 
     A phase that fails or takes too long is noted with its reason, and the others go on. A later run tries it again,

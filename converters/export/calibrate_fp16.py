@@ -16,7 +16,7 @@ from ...runtime.memory.give_back import large_blocks_given_back
 from ...runtime.sampling.loop import sample
 from ...runtime.sampling.samplers import Wuerstchen, guided, timesteps
 from ...runtime.sampling.torch_generator import TorchGenerator
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import EngineError
 from ...schemas.manifest import ENCODER_GRAPH, MAIN_GRAPH
 from ...schemas.messages import one_line
@@ -46,7 +46,7 @@ def measure_ranges(
     tensors: Mapping[str, TensorRange],
     embeddings: Inputs | None = None,
     *,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> dict[str, float]:
     """The largest magnitude that each probed value reaches while one image is sampled with guidance, by value. The
     VQGAN decodes normal noise and flat areas, and encodes pictures of noise and of one colour.

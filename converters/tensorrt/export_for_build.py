@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...schemas.callbacks import Say, StartFile
+from ...schemas.callbacks import Say, StartFile, ignored
 from ...schemas.forecast import OnPlan
 from ...schemas.manifest import Manifest
 from ...schemas.precision import Precision, Target
@@ -22,7 +22,7 @@ def export_for_build(
     precision: Precision | None = None,
     text_encoder: str | Path | None = None,
     start_file: StartFile | None = None,
-    say: Say = lambda text: None,
+    say: Say = ignored,
     on_plan: OnPlan | None = None,
 ) -> Manifest:
     """Export the stages of `options` from `model` to the bundle `output`, for TensorRT or AOTInductor.

@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import EngineError, UsageError, reraise_interrupt
 from ...schemas.precision import Precision
 from ...storage.install_hint import install_hint
@@ -41,7 +41,7 @@ class EngineOptions:
     refit: "Refit | None" = None
     cuda_graph: bool = True
     tf32: bool = False
-    say: Say = lambda text: None
+    say: Say = ignored
 
 
 MakeEngine = Callable[["Bundle", EngineOptions], "Engine"]
@@ -225,7 +225,7 @@ def make_engine(
     refit: "Refit | None" = None,
     cuda_graph: bool = True,
     tf32: bool = False,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> "Engine":
     """The engine called `name`, or the one that "auto" takes here, for `bundle`; see `EngineOptions`.
 

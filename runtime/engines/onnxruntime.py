@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import EngineError, reraise_interrupt
 from ...schemas.hoisted import FASTER_IN_PARTS, FEWER_KERNELS_IN_PARTS
 from ...schemas.manifest import MAIN_GRAPH, GraphEntry
@@ -78,7 +78,7 @@ class OnnxRuntimeEngine:
         allow_cpu: bool = False,
         cuda_graph: bool = True,
         tf32: bool = False,
-        say: Say = lambda text: None,
+        say: Say = ignored,
     ) -> None:
         """Raises EngineError for an unknown device, or without ONNX Runtime or the provider of `device`."""
         if device not in PROVIDERS:

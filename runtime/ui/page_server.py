@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...schemas.callbacks import Say
+from ...schemas.callbacks import Say, ignored
 from ..images.png import Sign
 from .gallery import Gallery
 from .http_server import PageServer
@@ -28,7 +28,7 @@ def page_server(
     batch: int | None = None,
     open_folder: Callable[[], None] | None = None,
     sign: Sign | None = None,
-    say: Say = lambda text: None,
+    say: Say = ignored,
 ) -> Iterator[PageServer]:
     """A server that listens on `host` and `port` (0: a free one) until the context ends; `serve_forever` answers.
 
