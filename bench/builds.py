@@ -82,7 +82,7 @@ def bench_builds(
     bounds: Bounds = DEFAULT,
     expected: Sequence[str] = ("prior", "decoder"),
     say: Say = ignored,
-    on_progress: OnProgress = lambda progress: None,
+    on_progress: OnProgress = ignored,
 ) -> BuildsReport:
     """Build the graphs that `generate` runs of stand-ins for `networks` with TensorRT-RTX, one network at a time.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..schemas.callbacks import ignored
 from .console import FAILED, say, say_json, show_table
 from .help import HelpfulCommand
 from .options import AS_JSON, PATH, volume_options
@@ -78,7 +79,7 @@ def _check(output: Path, *, force: bool, as_json: bool) -> None:
         with staged_output(output, force=True, files=()) as staged:
             staged.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
 
-    report = check_gpu(keep, (lambda check: None) if as_json else _say_check)
+    report = check_gpu(keep, ignored if as_json else _say_check)
     if as_json:
         say_json(report.to_json())
     else:

@@ -34,18 +34,24 @@ def open_cascade(bundle: Path, *, loras: Sequence[tuple[str, float]], **options:
     if loras:
         from ..converters.lora.bundle_cache import with_loras
 
-        Cascade.open(bundle, **options).close()  # an engine that cannot run here is refused before LoRAs are merged
+        with Cascade.open(bundle, **options) as opened:  # what cannot run here is refused before LoRAs are merged
+            _require_every_image(opened, bundle)
         with byte_progress() as start_file:
             bundle = with_loras(bundle, loras, start_file=start_file, say=note)
     cascade = Cascade.open(bundle, refit=_refit, say=note, **options)
     manifest, name = cascade.manifest, cascade.engine.name
-    if missing := [stage for stage in EVERY_IMAGE if stage not in manifest.stages]:
-        cascade.close()
-        raise UsageError(f"{bundle}: has no {', '.join(missing)}; export the model with it")
+    _require_every_image(cascade, bundle)
     for line in (_verdict_note(manifest, name), open_bundle(bundle).tokenizer_change(), int8_warning(manifest, name)):
         if line:
             note(line)
     return cascade
+
+
+def _require_every_image(cascade: "Cascade", bundle: Path) -> None:
+    """Close the cascade and raise UsageError if it lacks a stage that every image needs."""
+    if missing := [stage for stage in EVERY_IMAGE if stage not in cascade.manifest.stages]:
+        cascade.close()
+        raise UsageError(f"{bundle}: has no {', '.join(missing)}; export the model with it")
 
 
 def _verdict_note(manifest: "Manifest", engine: str) -> str | None:

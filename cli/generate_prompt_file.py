@@ -15,6 +15,7 @@ from ..runtime.batch.generate_requests import images_together
 from ..runtime.batch.image_files import with_previews
 from ..runtime.batch.image_jobs import BatchPlan, ImageJob
 from ..runtime.images.png import remove_preview
+from ..schemas.callbacks import ignored
 from ..schemas.messages import shown_bytes
 from ..schemas.stages import Stage
 from ..storage.bucket import BucketPath
@@ -72,7 +73,7 @@ class _Shown(BatchObserver):
 
     `notes` is called with the jobs of images that are not there yet."""
 
-    notes: Callable[[Sequence[ImageJob]], object] = staticmethod(lambda jobs: None)
+    notes: Callable[[Sequence[ImageJob]], object] = ignored
 
     def __init__(self, settings: BatchSettings, stack: ExitStack, *, as_json: bool) -> None:
         self.outcomes: list[Outcome] = []

@@ -48,10 +48,10 @@ def command_meant(word: str, known: Sequence[str], *, root: bool) -> str:
     """What to do in place of the unknown command `word`, for the end of a message; "" when nothing is near.
 
     `known` are the commands of the group; `root` is true for that of `cascadekit` itself."""
-    if near := get_close_matches(word.lower(), known, 2):
-        return f": did you mean {' or '.join(near)}?"
-    here = COMMANDS_ELSEWHERE.get(word.lower()) if root else None
-    return f": take {here}." if here else "."
+    if root and (here := COMMANDS_ELSEWHERE.get(word.lower())):
+        return f": take {here}."
+    near = get_close_matches(word.lower(), known, 2)
+    return f": did you mean {' or '.join(near)}?" if near else "."
 
 
 def meant_instead(error: click.NoSuchOption) -> click.UsageError | None:

@@ -27,6 +27,7 @@ from ..runtime.engines.tensorrt.tensorrt_engine import TensorRTEngine
 from ..runtime.examine_machine import Finding, Findings, examine
 from ..runtime.sampling.loop import Step
 from ..runtime.text.tokenizer import ClipTokenizer
+from ..schemas.callbacks import ignored
 from ..schemas.errors import ParityError
 from ..schemas.precision import Precision, Target
 from ..schemas.profiles import Bounds, parse_image_size
@@ -87,7 +88,7 @@ class TinyFiles:
         return self.folder / f"{'tf32' if tf32 else 'plain'}.safetensors"
 
 
-def check_gpu(keep: Keep = lambda report: None, on_check: OnCheck = lambda check: None) -> GpuReport:
+def check_gpu(keep: Keep = ignored, on_check: OnCheck = ignored) -> GpuReport:
     """Check every engine for the GPU that is installed here.
 
     The checks take a minute or two, and about 200 MB of the temporary folder. `keep` is called with the report after

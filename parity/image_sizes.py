@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from ..schemas.manifest import Manifest, StageEntry
-from ..schemas.plan_entries import Backend, ImageSize, ProfileEntry
+from ..schemas.plan_entries import ImageSize, ProfileEntry
+from ..schemas.precision import Backend
 from ..schemas.sizes import SIZE_STEP, SMALLEST_SIDE
 from ..schemas.stages import Stage
 from .sample_inputs import SampleSize, Size

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..schemas.errors import EngineError
-from ..schemas.plan_entries import Backend
+from ..schemas.precision import Backend
 from ..storage.install_hint import install_hint
 from .engines.engine_table import ENGINES, require_torch
 from .engines.installed_packages import installed, onnxruntime_conflict, onnxruntimes

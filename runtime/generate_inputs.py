@@ -1,6 +1,6 @@
 """The pictures and settings of `Cascade.generate`, checked and opened before any stage is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -46,11 +46,11 @@ def most_images(settings: Settings) -> int:
 
 def _checked(controls: ControlPicture | Sequence[ControlPicture]) -> Sequence[ControlPicture]:
     """Raise UsageError for controls of another type; one alone becomes a list."""
-    controls = [controls] if isinstance(controls, str | ControlPicture) else controls
-    for control in controls:
+    several = [*controls] if isinstance(controls, Iterable) and not isinstance(controls, str) else [controls]
+    for control in several:
         if not isinstance(control, ControlPicture):
             raise UsageError(f'controls: expected ControlPicture("canny", picture), found {shown(control)}')
-    return controls
+    return several
 
 
 def open_pictures(

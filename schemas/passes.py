@@ -1,4 +1,4 @@
-"""What images take: the steps of each stage, and the multiply-adds of a step."""
+"""Counts the work of images: the steps of each stage, and the multiply-adds of a step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Passes = Mapping[Stage, StagePass]  # one group of images that are generated tog
 
 
 def passes_of(manifest: "Manifest", settings: "Settings", images: int) -> Passes:
-    """What generating `images` images together takes in each stage."""
+    """The steps and the work of each stage for `images` images that are generated together."""
     from .config_json import from_json
     from .operations import multiply_adds
     from .sizes import latent_sizes

@@ -7,8 +7,7 @@ from pydantic import Field, model_validator
 from .json_models import Bytes, Capability, Dimension, FrozenModel, Sha256, Side
 from .limits import MAX_FILE_BYTES, MAX_SIDE
 from .paths import RelativePath
-from .precision import Backend as Backend
-from .precision import Precision
+from .precision import Backend, Precision
 
 PARKED = ("weight_inputs", "built_in")  # fields of a plan that earlier versions wrote
 

@@ -25,9 +25,8 @@ STEPS: Triple = (1, 20, 100)  # of a schedule, all embedded at once
 EFFNET_STRIDE = 32  # pixels of a side for each value of stage C's latents
 CONTROL_STRIDE = 32
 
-_TERM = re.compile(
-    r"(?P<name>\w+)(?:/(?P<divisor>[1-9]\d{0,3}))?"
-)  # a dim of an input, or a part of it as in "height/2"
+# A dim of an input, or a part of it as in "height/2".
+_TERM = re.compile(r"(?P<name>\w+)(?:/(?P<divisor>[1-9]\d{0,3}))?")
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})(?:x(\d{1,9}))?")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..schemas.callbacks import Say, ignored
 from ..schemas.errors import CascadeError, ConversionError, UsageError
 from ..schemas.folders import MANIFEST_NAME, MODEL_INDEXES
-from ..schemas.messages import listed
+from ..schemas.messages import listed, reason
 from .atomic_file import hidden_name, room_advice
 from .atomic_moves import JOURNAL, REPLACED, exchange, finish, flush, flush_all, merge, rename_new, undo
 from .bundle_lock import is_bundle, locked_bundle
@@ -80,7 +80,7 @@ def staged_output(
                 say(f"{target}: replaced {listed(replacement.gone)}")
         except OSError as error:
             where = str(error.filename2 or error.filename or target).replace(str(staged), str(target))
-            said = f"{where}: cannot be written: {error.strerror or error}{room_advice(error)}"
+            said = f"{where}: cannot be written: {reason(error)}{room_advice(error)}"
             raise ConversionError(said) from error
         except CascadeError as error:  # the user knows the output, and not the place where it is made
             names = str(staged), str(target)

@@ -8,7 +8,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..schemas.callbacks import Progress
+from ..schemas.callbacks import Progress, ignored
 from .safetensors_plan import PlacedRange
 
 if TYPE_CHECKING:  # numpy is not needed to copy
@@ -52,11 +52,7 @@ def merged(ranges: Iterable[PlacedRange]) -> Iterator[CopiedRange]:
         yield current
 
 
-def _nothing(at: int, nbytes: int) -> None:
-    """Does nothing: nobody follows the writing."""
-
-
-def copy_range(copied: CopiedRange, target: int, progress: Progress | None, wrote: Wrote = _nothing) -> None:
+def copy_range(copied: CopiedRange, target: int, progress: Progress | None, wrote: Wrote = ignored) -> None:
     """Copy a range into the open file `target`. Raises OSError, EIO if the source ends too early."""
     os.lseek(target, copied.at, os.SEEK_SET)
     offset, left = copied.offset, copied.nbytes

@@ -27,13 +27,14 @@ Floats = NDArray[np.float32]
 E4M3_MAX = np.float32(448)
 LEAST_INT8_FACTOR = np.float32(1e-30)
 _BIAS = 127  # of the exponents of mxfp8
+# The dtype of each format's codes.
 _DTYPES: Mapping[str, Any] = {
     "float8_e4m3fn": float8_e4m3fn,
     "float8_e5m2": float8_e5m2,
     "int8_tensorwise": np.int8,
     "mxfp8": float8_e4m3fn,
     "nvfp4": float4_e2m1fn,
-}  # of codes
+}
 _STEP = 1 << 16  # values at a time, so that the scratch space of a step stays in a core's cache
 
 

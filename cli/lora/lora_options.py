@@ -21,9 +21,8 @@ filter_option = click.option(
     help="For Stability's format: `module_filters` of the training config (repeatable).",
 )
 alpha_option = click.option("--alpha", type=float, help="Alpha, if the file has none.  [default: the rank]")
-loras_argument = partial(
-    click.argument, "loras", metavar="FILE[:STRENGTH]...", nargs=-1, callback=parsed(parse_lora)
-)  # names and strengths
+# Its value is a tuple of names and strengths.
+loras_argument = partial(click.argument, "loras", metavar="FILE[:STRENGTH]...", nargs=-1, callback=parsed(parse_lora))
 strength_option = click.option(
     "--strength",
     "strengths",

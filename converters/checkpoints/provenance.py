@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...schemas.errors import ConversionError
 from ...schemas.folders import PLACES, TOKENIZER_FOLDERS
+from ...schemas.messages import reason
 
 MAX_BYTES = 1_000_000  # no licence or card is longer
 
@@ -126,7 +127,7 @@ def _copy(file: Path, folder: Path) -> Path:
                 if target.is_file() and target.read_bytes() == content:
                     return target
     except OSError as error:
-        raise ConversionError(f"{file}: cannot be copied to {folder}: {error.strerror or error}") from error
+        raise ConversionError(f"{file}: cannot be copied to {folder}: {reason(error)}") from error
     raise AssertionError("names never end")
 
 

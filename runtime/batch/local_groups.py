@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 
+from ...schemas.callbacks import ignored
 from ...schemas.errors import CascadeError, CheckpointError, UsageError
 from ...schemas.messages import one_line
 from ...schemas.stages import Stage
@@ -52,8 +53,8 @@ class LocalGroups:
     cascade: Cascade
     together: int | None = None
     sign: Sign | None = None
-    on_step: OnStep = lambda jobs, stage, step: None
-    check: Callable[[], object] = lambda: None
+    on_step: OnStep = ignored
+    check: Callable[[], object] = ignored
 
     def __call__(self, jobs: Sequence[ImageJob]) -> Iterator[GeneratedGroup]:
         """Yield each group once its images are computed. Raises CheckpointError when the bundle is damaged."""

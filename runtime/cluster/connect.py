@@ -15,6 +15,7 @@ from typing import Any
 
 from ...schemas.callbacks import Say, ignored
 from ...schemas.errors import CascadeError, EngineError, MissingPackageError, UsageError, reraise_interrupt
+from ...schemas.messages import reason
 from ...storage.install_hint import install_hint
 from ..memory.free_memory import free_memory
 
@@ -140,7 +141,7 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
     except OSError as error:
         raise UsageError(
-            f"ray {address}: no cluster answers there: {error.strerror or error}; start one with "
+            f"ray {address}: no cluster answers there: {reason(error)}; start one with "
             "`ray start --head`, or take ray=local"
         ) from error
 

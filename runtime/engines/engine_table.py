@@ -16,7 +16,7 @@ from ...storage.install_hint import install_hint
 from . import cpu_flags
 
 if TYPE_CHECKING:
-    from ...schemas.plan_entries import Backend
+    from ...schemas.precision import Backend
     from ...storage.bundle import Bundle
     from .protocol import Engine
     from .tensorrt.tensorrt_engine import Refit

@@ -11,4 +11,4 @@ def environment_threads() -> int:
 
     The result is 0 where the variable is not set or is no positive number."""
     first = os.environ.get(VARIABLE, "").partition(",")[0].strip()
-    return min(int(first), MOST) if first.isdecimal() else 0
+    return min(int(first[:9]), MOST) if first.isdecimal() else 0

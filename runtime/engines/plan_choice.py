@@ -11,7 +11,8 @@ from pathlib import Path
 from ...schemas.errors import EngineError, OutsideProfileError
 from ...schemas.hoisted import CONDITIONING, FASTER_IN_PARTS, STEP
 from ...schemas.manifest import MAIN_GRAPH, StageEntry
-from ...schemas.plan_entries import Backend, PlanEntry, ProfileEntry
+from ...schemas.plan_entries import PlanEntry, ProfileEntry
+from ...schemas.precision import Backend
 from ...schemas.stages import EVERY_IMAGE, Stage
 from ...storage.bundle import Bundle
 from ...storage.file_hashes import SHOWN_DIGITS, sha256_of

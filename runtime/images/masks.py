@@ -32,11 +32,11 @@ def as_mask(mask: Picture, size: tuple[int, int]) -> Image.Image:
 
     Raises UsageError for a mask that `as_picture` refuses, for other proportions than the picture's, and for an empty
     mask."""
-    if isinstance(mask, Image.Image):
-        name, stored = "mask", eight_bits(mask, "mask")
-    else:
+    if isinstance(mask, str | Path):
         name = str(mask)
         stored = decode(Path(mask), lambda *found: _require_shape(name, size, found, found[::-1]))  # EXIF may turn it
+    else:
+        name, stored = "mask", eight_bits(mask, "mask")
     _require_shape(name, size, stored.size)
     masked = _masked_in(stored)
     if not masked.any():

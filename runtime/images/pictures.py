@@ -5,7 +5,7 @@ profile is not applied.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ...schemas.callbacks import ignored
 from ...schemas.errors import UsageError
 from ...schemas.limits import JPEG_PIXELS, MAX_PICTURE_BYTES, MAX_PICTURE_SIDE, PICTURE_BYTES
+from ...schemas.messages import one_line
 from ..engines.protocol import F32
 
 # Mean and deviation of ImageNet's red, green and blue, with which the EfficientNet was trained.
@@ -47,16 +49,12 @@ def as_picture(picture: Picture) -> Image.Image:
     """The picture as 8-bit RGB: a path is opened, a PIL image of another mode is converted in the same way.
 
     Raises UsageError as `open_picture` does, and for an object of another type."""
-    if isinstance(picture, str | Path):
-        return open_picture(Path(picture))
-    if not isinstance(picture, Image.Image):
-        raise UsageError(f"expected a picture as a path or a PIL image, found {type(picture).__name__}")
-    return _rgb(eight_bits(picture, "picture"))
+    return open_picture(Path(picture)) if isinstance(picture, str | Path) else _rgb(eight_bits(picture, "picture"))
 
 
 def as_pictures(pictures: Picture | Sequence[Picture]) -> list[Image.Image]:
     """One picture or several as a list of 8-bit RGB pictures, see `as_picture`."""
-    if isinstance(pictures, Image.Image | str | Path):
+    if isinstance(pictures, Image.Image | str | Path) or not isinstance(pictures, Iterable):
         return [as_picture(pictures)]
     return [as_picture(picture) for picture in pictures]
 
@@ -121,7 +119,7 @@ def fitted_pixels(picture: Image.Image, height: int, width: int) -> F32:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
 
-def decode(path: Path, check: Callable[[int, int], object] = lambda width, height: None) -> Image.Image:
+def decode(path: Path, check: Callable[[int, int], object] = ignored) -> Image.Image:
     """The picture in a file in its own mode, turned according to its EXIF data; 16-bit greys become 8-bit.
 
     `check` is called with the stored width and height before any pixel is read, and may raise. Raises UsageError as
@@ -143,8 +141,9 @@ def decode(path: Path, check: Callable[[int, int], object] = lambda width, heigh
     except UnidentifiedImageError as error:
         raise UsageError(f"{path}: not a picture of a known format; give a PNG, JPEG or WebP file") from error
     except Exception as error:  # decoders raise any exception on damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path}: the picture cannot be decoded: {reason}; save it again, or give another") from error
+        raise UsageError(
+            f"{path}: the picture cannot be decoded: {one_line(error, 400)}; save it again, or give another"
+        ) from error
     return eight_bits(picture, str(path))
 
 
@@ -213,7 +212,10 @@ def _converted(picture: Image.Image, mode: str, convert: Callable[[Image.Image],
 def eight_bits(picture: Image.Image, name: str) -> Image.Image:
     """A grey picture of 16 bits as one of 8 bits; Pillow may hold the 16 bits as 32.
 
-    Raises UsageError for pixels without a fixed colour: floats, L*a*b* and 32 bits."""
+    Raises UsageError for pixels without a fixed colour: floats, L*a*b* and 32 bits, and for an object of another type.
+    """
+    if not isinstance(picture, Image.Image):
+        raise UsageError(f"expected a picture as a path or a PIL image, found {type(picture).__name__}")
     if picture.mode in ("F", "LAB"):
         kind = "floats" if picture.mode == "F" else "L*a*b* colours"
         raise UsageError(f"{name}: a picture of {kind}, which screens show in different ways; save it as a PNG")

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
+from ...schemas.callbacks import ignored
 from ...schemas.errors import UsageError
 from ...schemas.manifest import MAIN_GRAPH
 from ...schemas.stages import Stage
@@ -60,7 +61,7 @@ class Residency:
         self._engine = engine
         self.policy = policy
         self._size_of = size_of
-        self.on_load: Callable[[Stage], object] = lambda stage: None  # called before a graph of a stage is loaded
+        self.on_load: Callable[[Stage], object] = ignored  # called before a graph of a stage is loaded
         self._loaded: dict[Key, StageRunner] = {}  # in the order of their last use
         self._in_use: list[Key] = []
 

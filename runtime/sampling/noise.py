@@ -18,7 +18,8 @@ class PlacedSeed:
 
     The image comes out the same alone, with others, or in its batch.
 
-        cascade.generate("a castle", seed=PlacedSeed(7, index=2, batch=4))  # the third image of num_images=4, seed=7
+    Examples:
+        >>> cascade.generate("a castle", seed=PlacedSeed(7, index=2, batch=4))  # the third of num_images=4, seed=7
     """
 
     seed: int

@@ -17,7 +17,7 @@ from ...schemas.callbacks import Say, ignored
 from ...schemas.limits import MAX_BACKLOG, MAX_CONNECTIONS, MAX_HEAD
 from ..cascade import Cascade
 from ..images.png import Sign
-from ..server_address import address_family, cannot_listen, server_url
+from ..server_address import address_family, cannot_listen, own_names, server_url
 from .guard import EXPECTED, OPEN, PATIENCE, ApiError, Guard, reply_to
 from .image_queue import ImageQueue
 from .images_api import EDITS, METRICS, ImagesApi
@@ -110,7 +110,7 @@ def api_server(cascade: Cascade, model: str, options: ServeOptions, say: Say = i
     guard = Guard(
         app,
         metrics=metrics,
-        host=options.host,
+        names=own_names(options.host),
         key=options.key,
         routes=paths,
         forms=[EDITS],

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...schemas.callbacks import Say
 from ...schemas.errors import CascadeError
-from ..server_address import is_for_server, is_other_site, own_names
+from ..server_address import is_for_server, is_other_site
 from .image_queue import QueueFullError
 from .metrics import Metrics
 
@@ -50,14 +50,14 @@ def error_reply(status: int, message: str, code: str | None = None, seconds: int
 
 @dataclass
 class Guard:
-    """An ASGI application around another one, for the server at `host`.
+    """An ASGI application around another one, for a server that is known by `names`.
 
     `routes` are the paths that metrics name. Those in `forms` take large bodies. Paths that begin like one of `free`
     need no `key`. `say` is called with a line for each request."""
 
     app: ASGIApp
     metrics: Metrics
-    host: str
+    names: frozenset[str]
     key: str | None
     routes: Sequence[str]
     forms: Sequence[str]
@@ -98,7 +98,7 @@ class Guard:
                 )
             return
         host = headers.get("Host", "")
-        if not is_for_server(host, own_names(self.host)):
+        if not is_for_server(host, self.names):
             raise ApiError(403, "unknown host; ask by the address or as localhost, or start the server with an API key")
         if is_other_site(headers.get("Origin"), host):
             raise ApiError(403, "requests from other web sites are refused")

@@ -243,7 +243,7 @@ async def _collected(inbox: "asyncio.Queue[Event]", count: int) -> list[Finished
 
 async def _saved(upload: UploadFile, path: Path) -> Path:
     """Write an uploaded file to `path`, whose name stands in messages, and return it."""
-    path.write_bytes(await upload.read())
+    await run_in_threadpool(path.write_bytes, await upload.read())
     return path
 
 

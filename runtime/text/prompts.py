@@ -46,10 +46,12 @@ CACHED_ROWS = 256  # of 77 tokens each; a row takes 400 kB at the width of CLIP 
 class PromptEmbeds:
     """The embeddings of B prompts and their B negative prompts, all float32.
 
-        cascade.generate(embeds=PromptEmbeds(clip_text, pooled, negative_clip_text, negative_pooled))
-
     T is 77 times the number of chunks. The arrays may also come from another text encoder. Raises UsageError for arrays
-    whose shapes do not fit together."""
+    whose shapes do not fit together.
+
+    Examples:
+        >>> cascade.generate(embeds=PromptEmbeds(clip_text, pooled, negative_clip_text, negative_pooled))
+    """
 
     clip_text: F32  # (B, T, channels)
     pooled: F32  # (B, 1, channels)

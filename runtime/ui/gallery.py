@@ -96,7 +96,7 @@ def _read(path: Path, time: int) -> Described | None:
         png = read_png_text(path)
         given = png.settings()
     except (OSError, ValueError):
-        return None  # no image of ours
+        return None  # no image of cascadekit
     if given is None or not png.whole or not 0 < png.width * png.height <= MAX_SHOWN_PIXELS:
         return None
     settings, odd = understood({name: value for name, value in given.items() if not _is_long(value)})

@@ -110,7 +110,6 @@ class Models:
         Raises UsageError for a bundle, engine or LoRA that the page does not offer."""
         first = self.first
         found = first.bundle if bundle is None else bundle
-        self._bundle(found)
         able = [first.engine, *self.engines(self.manifest(found))]
         if engine is not None and engine not in able:
             raise UsageError(f"engine {shown(engine)}: expected one of {', '.join(dict.fromkeys(able))}")

@@ -54,6 +54,8 @@ def test_every_word_of_the_tables_leads_somewhere() -> None:
         ("Inspect x", "did you mean inspect?"),
         ("lora megre a b", "No such command 'megre': did you mean merge?"),
         ("diff a b", "No such command 'diff': take `cascadekit verify CHECKPOINT --against CHECKPOINT`."),
+        ("merge a b", "No such command 'merge': take `cascadekit lora merge`, or `cascadekit lora apply`."),
+        ("version", "No such command 'version': take `cascadekit --version`."),
         ("help generate", "take `cascadekit --help`, or `cascadekit COMMAND --help`."),
         ("frobnicate", "No such command 'frobnicate'."),
         ("lora help", "No such command 'help'."),

@@ -142,6 +142,9 @@ def test_empty_and_long_prompts(cascade: Cascade) -> None:
         ({"controls": "canny"}, "controls: expected ControlPicture"),
         ({"image_prompts": "none.png"}, "^none.png: expected a picture, found no such file"),  # one path is no list
         ({"init_image": np.zeros((8, 8, 3))}, "expected a picture as a path or a PIL image, found ndarray"),
+        ({"init_image": Image.new("RGB", (8, 8)), "mask": 5}, "expected a picture as a path or a PIL image, found int"),
+        ({"image_prompts": 5}, "expected a picture as a path or a PIL image, found int"),
+        ({"controls": 5}, "controls: expected ControlPicture"),
     ],
 )
 def test_calls_that_cannot_be(cascade: Cascade, call: dict[str, Any], message: str) -> None:

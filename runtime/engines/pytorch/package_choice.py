@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from ....schemas.manifest import StageEntry
-from ....schemas.plan_entries import Backend, DeviceEntry, PlanEntry
+from ....schemas.plan_entries import DeviceEntry, PlanEntry
+from ....schemas.precision import Backend
 from ....storage.bundle import Bundle
 from ..cpu_flags import cpu_flags
 from ..plan_choice import CPU_CAPABILITY, RunnablePlans, targets_of

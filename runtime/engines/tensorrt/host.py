@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from ....schemas.errors import EngineError, reraise_interrupt
-from ....schemas.plan_entries import Backend
+from ....schemas.precision import Backend
 from ....storage.install_hint import install_hint
 from .cuda import Cuda, Device
 
