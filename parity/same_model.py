@@ -23,9 +23,9 @@ class ModelDifference:
     """How one stage of a model differs from the one that was exported: a line for people, and its parts as data."""
 
     line: str
-    scale: bool = False  # of the VQGAN
-    files: bool = True  # other files than those it was exported from
-    width: bool = False  # of the values in the files
+    scale: bool = False  # the VQGAN's scale differs
+    files: bool = True  # its files are others than those of the export
+    width: bool = False  # values take another number of bytes
 
 
 def differences(manifest: Manifest, model: Model, stages: Sequence[Stage] = ()) -> list[ModelDifference]:

@@ -35,6 +35,8 @@ def test_of_verify(tiny: Path, argument: dict[str, Any], expected: str) -> None:
         (lambda: ExportOptions(fp16_safe="yes"), 'fp16_safe=\'yes\': expected "auto", "off", or 0 to 12'),
         (lambda: ExportOptions(fp16_safe=13), "fp16_safe=13: expected"),
         (lambda: ExportOptions(loras=["style.safetensors"]), "loras='style.safetensors': expected a file and"),
+        (lambda: ExportOptions(loras="style.safetensors"), "loras='style.safetensors': expected a file and"),
+        (lambda: ExportOptions(loras=[0.8]), "loras=0.8: expected a file and"),
         (
             lambda: ExportOptions(quantize="int8", quantize_threshold=0),
             "quantize_threshold=0: expected a number",

@@ -35,7 +35,8 @@ def attach_torchao(header: Header) -> Header:
     Raises LayoutError for a class that is not read and for tensors that are missing or do not fit. Raises
     CheckpointError for metadata that is no JSON."""
     entries = _entries(header)
-    metadata = {key: text for key, text in header.metadata.items() if key not in entries.keys() | {NAMES}}
+    described = {NAMES, *entries}
+    metadata = {key: text for key, text in header.metadata.items() if key not in described}
     return replace(with_weights(header, _weights(header, entries)), metadata=metadata)
 
 

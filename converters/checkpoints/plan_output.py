@@ -87,7 +87,7 @@ class FilePlan:
 
     @property
     def described(self) -> str:
-        """A line on how its tensors are made, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
+        """A line on how the file's tensors are made, as in "158 tensors: 150 copied (F16), 8 F16 to BF16"."""
         kinds = Counter(map(_became, self.tensors.values()))
         header = "; the header of the file that the sources were made of" if self.restored else ""
         return f"{len(self.tensors)} tensors: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}{header}"

@@ -142,7 +142,9 @@ def _opened(model: Model | str | Path, options: ExportOptions, say: Say) -> Mode
 
 
 def _components(model: Model, options: ExportOptions) -> dict[Stage, Component]:
-    """The sound components to export, by stage. Raises UsageError when there are none, or options do not fit them."""
+    """The sound components to export, by stage.
+
+    Raises UsageError when there are none or options do not fit them, ExportError when they cannot be linked."""
     stages = list(options.stages) or [stage for stage in Stage if stage in model.components]
     if not stages:
         raise UsageError(f"nothing to export: the model has none of {', '.join(Stage)}")

@@ -87,8 +87,8 @@ class ExportOptions:
         require_one_of(get_args(WeightsMode), self.weights, "weights")
         if self.fp16_safe not in (None, "auto", "off", *range(MAX_EXPONENT + 1)):
             raise UsageError(f'fp16_safe={self.fp16_safe!r}: expected "auto", "off", or 0 to {MAX_EXPONENT}')
-        for lora in self.loras:
-            if isinstance(lora, str | Path) or len(lora) != 2:
+        for lora in [self.loras] if isinstance(self.loras, str | Path) else self.loras:
+            if isinstance(lora, str | Path) or not isinstance(lora, Sequence) or len(lora) != 2:
                 raise UsageError(f'loras={lora!r}: expected a file and a strength, as in ("style.safetensors", 1.0)')
         self._require_quantization()
         least, most = VQGAN_SCALES

@@ -29,8 +29,8 @@ def quantize_weights(
     disk (fsync) when this returns. It takes about 100 MB of memory for matrices of any size, unless a row has over 2
     million values. `progress` counts bytes of the output's tensors.
 
-    Raises ConversionError for NaN and infinities, when the disk
-    is full and when a source cannot be read; the caller then removes the file."""
+    Raises ConversionError for NaN and infinities, when the disk is full and when a source cannot be read; the caller
+    then removes the file."""
     matrices = {module: tensors[f"{module}.weight"] for module in sorted(chosen)}
     flat: dict[str, StoredTensor] = {}
     for module, part in matrices.items():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...schemas.callbacks import Say, StartFile, ignored
 from ...schemas.errors import CascadeError, ConversionError, MissingPackageError, UsageError, reraise_interrupt
-from ...schemas.messages import known_keywords
+from ...schemas.messages import known_keywords, shown
 from ...storage.bundle import Bundle, open_bundle
 from ...storage.file_hashes import fingerprint
 from ...storage.install_hint import install_hint
@@ -59,6 +59,9 @@ def with_loras(
     opened = open_bundle(Path(bundle))
     several = [loras] if isinstance(loras, str | Path) else loras
     given = [(lora, 1.0) if isinstance(lora, str | Path) else lora for lora in several]
+    for pair in given:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise UsageError(f'loras: expected paths or pairs, as ("style.safetensors", 0.8), found {shown(pair)}')
     strengths = [strength for _, strength in given]
     if not all(map(math.isfinite, strengths)):
         raise UsageError(f"LoRA strengths {', '.join(map(str, strengths))}: expected finite numbers, such as 0.8")

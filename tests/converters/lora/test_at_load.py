@@ -121,6 +121,11 @@ def test_merged_once_and_found_again(plain: Path, tmp_path: Path, monkeypatch: p
         with_loras(plain, [(one, 0.25)])
 
 
+def test_one_pair_without_a_list_is_refused(plain: Path) -> None:
+    with pytest.raises(UsageError, match=r"loras: expected paths or pairs, .* found 0.8"):
+        with_loras(plain, ("style.safetensors", 0.8))  # type: ignore[arg-type]
+
+
 def test_as_peft_merges(tiny: Path, plain: Path, tmp_path: Path) -> None:
     """The whole prior against PEFT's merge of an adapter that PEFT saved, at strength 1."""
     config = open_bundle(plain).entry(Stage.PRIOR).config
